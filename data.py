@@ -600,6 +600,37 @@ class Stickers:
         return Stickers(np.concatenate(parts), self.index, self.text, meta)
 
 
+def open_stickers(spec, size):
+    """What --data may be: a folder of stickers, a prepared store, "synthetic" or "synthetic:COUNT" -> Stickers of that size in pixels."""
+    spec = str(spec)
+    if re.fullmatch(r"synthetic(:\d+)?", spec):
+        return Stickers.synthetic(int(spec.partition(":")[2] or 512), size)
+    if not (Path(spec) / "meta.json").exists():
+        return Stickers.from_folder(spec, size)
+    stickers = Stickers.open(spec)
+    if stickers.size != size:
+        raise DataError(f"{spec}: prepared at {stickers.size} pixels, the run wants {size}; prepare it again with --size {size}, "
+                        f"or run at {stickers.size}")
+    return stickers
+
+
+def draw_clip(stickers, item, rng, length=MAX_K):
+    """One training clip: k ~ U{3..8} frames of a sticker (Table 6), a fresh k for every draw.
+
+    Returns (clip (length, C, H, W) float32, n): n real frames in time order, zeros after them; pixels in [0, 1] premultiplied, latents as stored.
+    A static sticker gives n = 1, one with fewer distinct frames than k gives all of them. `rng` is a numpy Generator, used once.
+    """
+    k = int(rng.integers(MIN_K, max(min(MAX_K, length), MIN_K) + 1))
+    entry = stickers.index[item]
+    keys = entry["keys"][k - MIN_K]
+    keys = keys[keys >= 0][:length]
+    clip = np.zeros((length, *stickers.frames.shape[1:]), np.float32)
+    clip[:len(keys)] = stickers.frames[entry["offset"] + keys.astype(np.int64)]
+    if stickers.meta["kind"] == "pixels":
+        clip /= 255
+    return clip, len(keys)
+
+
 def _entry(offset, text, name, caption, split, decoded):
     """One index entry (array of 1) and its text, given where the frames and the text so far end."""
     name, caption = name.encode("utf-8", "backslashreplace"), caption.encode("utf-8", "backslashreplace")
