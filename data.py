@@ -15,7 +15,9 @@ import argparse
 import collections
 import functools
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -24,11 +26,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import textwrap
+import time
 import unicodedata
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg", ".mp4", ".webm")
@@ -184,6 +190,252 @@ def read_sticker(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Writing
+
+QUALITIES = (90, 75, 60, 45, 30, 15)     # WebP, tried in this order until the file fits
+COLOURS = (128, 64, 32, 16)              # GIF and PNG
+
+
+def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, metadata=None):
+    """Writes a looping sticker; the suffix chooses .webp, .gif, .apng, .png (frames side by side) or .mp4 (over white).
+
+    frames uint8 (t, h, w, 4) straight RGBA; durations in ms, one int or t of them. WebP and APNG keep colour, soft alpha and times exactly
+    (WebP only if lossless; colour under alpha 0 becomes 0); GIF has one bit of alpha, 255 colours and 10 ms steps, kept right on average.
+    size > 0: fitted into size x size first. max_kb > 0: kilobytes (1000 bytes) at most: lower quality, then colours, then every other frame
+    dropped, with a message. metadata: JSON-able dict stored in the file (not in .mp4). Returns dict(path, bytes, frames, message).
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".webp", ".gif", ".apng", ".png", ".mp4"):
+        raise DataError(f"{path}: can't write {suffix or 'a name without suffix'}; use .webp, .gif, .apng, .png or .mp4")
+    frames = np.asarray(frames)
+    durations = [int(durations)] * len(frames) if np.isscalar(durations) else [int(d) for d in durations]
+    if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size or len(durations) != len(frames):
+        raise DataError(f"{path}: frames must be uint8 (t, h, w, 4), not empty, with one duration each")
+    frames = unpremultiply(fit_frames(frames, size)) if size else np.where(frames[..., 3:] > 0, frames, 0)
+    text = json.dumps(metadata) if metadata is not None else None
+    levels = {".webp": ((None,) if lossless else ()) + QUALITIES, ".mp4": (8, 6, 4, 2)}.get(suffix, (None,) + COLOURS)
+    steps = ((level, frames[::2 ** halved]) for halved in range(len(frames).bit_length()) for level in levels if not halved or level == levels[-1])
+    for level, kept in steps:
+        merged = [sum(durations[i:i + -(-len(frames) // len(kept))]) for i in range(0, len(frames), -(-len(frames) // len(kept)))]
+        data = _ENCODERS[suffix](kept, merged, level, text)
+        if not max_kb or len(data) <= max_kb * 1000:
+            break
+    else:
+        raise DataError(f"{path}: {len(data) / 1000:.0f} kB at the lowest setting, over --max-kb {max_kb:g}; give a larger limit or a smaller --size")
+    change = [f"{'colours' if suffix in ('.gif', '.apng', '.png') else 'quality'} {level}"] if level != levels[0] else []
+    change += [f"{len(kept)} of {len(frames)} frames"] if len(kept) < len(frames) else []
+    message = f"{path}: {' and '.join(change)}, to stay under {max_kb:g} kB" if change else ""
+    if message:
+        print(message, file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    return {"path": str(path), "bytes": len(data), "frames": len(kept), "message": message}
+
+
+def _save(images, durations, **options):
+    buffer = io.BytesIO()
+    if len(images) > 1:
+        options.update(save_all=True, append_images=images[1:], duration=durations, loop=0)
+    images[0].save(buffer, **options)
+    return buffer.getvalue()
+
+
+def _write_webp(frames, durations, quality, text):
+    exif = Image.Exif()
+    if text:
+        exif[0x010E] = text         # ImageDescription
+    lossy = {"lossless": True, "quality": 60} if quality is None else {"lossless": False, "quality": quality}
+    return _save([Image.fromarray(x) for x in frames], durations, format="WEBP", method=4, exif=exif.tobytes() if text else b"", **lossy)
+
+
+def _write_png(frames, durations, colours, text):
+    info = PngInfo()
+    if text:
+        info.add_text("Comment", text)
+    if colours:
+        tall = Image.fromarray(frames.reshape(-1, frames.shape[2], 4)).quantize(colours, Image.Quantize.FASTOCTREE)
+        frames = np.asarray(tall.convert("RGBA")).reshape(frames.shape)
+    return _save([Image.fromarray(x) for x in frames], durations, format="PNG", pnginfo=info, optimize=len(frames) == 1)
+
+
+def _write_sheet(frames, durations, colours, text):
+    return _write_png(np.concatenate(list(frames), 1)[None], [0], colours, text)
+
+
+def _palette(colours, count):
+    """uint8 (n, 3) -> palette (count at most, 3): the colours themselves where they are few enough, else by median cut."""
+    distinct = np.unique(colours, axis=0)
+    if len(distinct) <= count:
+        return distinct
+    strip = Image.fromarray(colours[::max(1, len(colours) // 200_000)][None])
+    return np.array(strip.quantize(count, Image.Quantize.MEDIANCUT).getpalette(), np.uint8).reshape(-1, 3)[:count]
+
+
+def _write_gif(frames, durations, colours, text):
+    """One palette for all frames (no flicker); alpha is cut at one half by us, since Pillow's own quantiser does it unpredictably; disposal 2,
+    or every frame would be drawn over the one before."""
+    opaque = frames[..., 3] >= 128
+    palette = _palette(frames[opaque][:, :3], colours or 255) if opaque.any() else np.zeros((1, 3), np.uint8)
+    flat = np.zeros((256, 3), np.uint8)
+    flat[:len(palette)] = palette
+    flat[len(palette):] = palette[0]       # unused entries: no new colour for quantize to pick
+    book = Image.new("P", (1, 1))
+    book.putpalette(flat.tobytes())
+    images = []
+    for x, seen in zip(frames, opaque):
+        pixels = np.ascontiguousarray(np.where(seen[..., None], x[..., :3], 0))
+        coded = np.array(Image.fromarray(pixels).quantize(palette=book, dither=Image.Dither.NONE))
+        image = Image.fromarray(np.where(seen, np.minimum(coded, 254), 255).astype(np.uint8), "P")
+        image.putpalette(flat.tobytes())
+        images.append(image)
+    times, late = [], 0.0
+    for duration in durations:             # GIF counts in 10 ms: carry the rounding on, or 42 ms would always play as 40
+        times.append(max(20, 10 * round((duration + late) / 10)))
+        late += duration - times[-1]
+    options = {"comment": text.encode()} if text else {}
+    return _save(images, times, format="GIF", transparency=255, disposal=2, optimize=False, **options)
+
+
+def _write_mp4(frames, durations, quality, text):
+    try:
+        import imageio
+        import imageio_ffmpeg  # noqa: F401
+    except ImportError as error:
+        raise DataError("writing .mp4 needs `pip install imageio-ffmpeg`") from error
+    tick = max(20, math.gcd(*durations))
+    alpha = frames[..., 3:].astype(np.uint16)
+    white = ((frames[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    h, w = white.shape[1:3]
+    white = np.pad(white, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")     # H.264 wants even sides
+    with tempfile.TemporaryDirectory() as folder:
+        with imageio.get_writer(folder + "/x.mp4", format="ffmpeg", fps=1000 / tick, quality=quality, macro_block_size=2) as writer:
+            for frame, duration in zip(white, durations):
+                for _ in range(max(1, round(duration / tick))):
+                    writer.append_data(frame)
+        return Path(folder, "x.mp4").read_bytes()
+
+
+_ENCODERS = {".webp": _write_webp, ".gif": _write_gif, ".apng": _write_png, ".png": _write_sheet, ".mp4": _write_mp4}
+
+
+def read_metadata(path):
+    """The dict that write_sticker stored in a WebP, GIF, APNG or PNG; {} when there is none. Raises DataError if it is no image."""
+    try:
+        with Image.open(path, formats=("GIF", "WEBP", "PNG", "JPEG")) as image:
+            text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(0x010E) or ""
+    except Exception as error:
+        raise DataError(f"{path}: unreadable ({error}); replace it") from error
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def save_sheet(path, rows, labels=None, checker=True):
+    """Contact sheet as PNG: one row per clip (t, h, w, 4) straight uint8 RGBA, all of one h, w; over a light checkerboard (or white); labels
+    (one string a row) drawn left."""
+    h, w = rows[0].shape[1:3]
+    left, gap = (150 if labels else 0), 2
+    width, height = left + max(len(row) for row in rows) * (w + gap), len(rows) * (h + gap)
+    sheet = Image.new("RGBA", (width, height), "white")
+    tile = max(4, h // 8)
+    grid = 255 - 24 * ((np.arange(h)[:, None] // tile + np.arange(w) // tile) % 2 if checker else np.zeros((h, w), int))
+    ground = Image.fromarray(np.dstack([grid] * 3 + [np.full_like(grid, 255)]).astype(np.uint8))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for y, row in enumerate(rows):
+        for x, frame in enumerate(row):
+            sheet.paste(Image.alpha_composite(ground, Image.fromarray(np.ascontiguousarray(frame))), (left + x * (w + gap), y * (h + gap)))
+        if labels:
+            pen.multiline_text((2, y * (h + gap) + 2), "\n".join(textwrap.wrap(labels[y], 26)[:max(1, h // 13)]), "black", font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.convert("RGB").save(path, format="PNG", optimize=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Procedural stickers: caption and pixels say the same four things, so conditioning can be measured (ours)
+
+PALETTE = {"red": (225, 40, 45), "orange": (245, 135, 25), "yellow": (250, 215, 60), "green": (60, 170, 70),
+           "blue": (45, 95, 225), "purple": (140, 60, 190), "pink": (250, 140, 195), "black": (45, 45, 50)}
+SHAPES = ("circle", "square", "triangle", "star", "heart", "moon")
+MOTIONS = {"bounce": "bouncing", "spin": "spinning", "pulse": "pulsing", "shake": "shaking", "blink": "blinking", "orbit": "orbiting"}
+RADIUS = {"small": 0.17, "big": 0.28}     # of the picture's side
+
+
+@functools.lru_cache(None)
+def _outline(shape):
+    """Polygon (n, 2) of a shape, x right and y down, its centroid at 0 and its radius about 1."""
+    a = np.linspace(0, 2 * np.pi, 72, endpoint=False)
+    if shape == "circle":
+        x, y = 0.95 * np.cos(a), 0.95 * np.sin(a)
+    elif shape == "square":
+        x, y = np.array([-1, 1, 1, -1]) * 0.85, np.array([-1, -1, 1, 1]) * 0.85
+    elif shape == "triangle":
+        x, y = 1.2 * np.sin(a[::24]), -1.2 * np.cos(a[::24])
+    elif shape == "star":
+        r = np.tile([1.25, 0.55], 5)
+        x, y = r * np.sin(np.arange(10) * np.pi / 5), -r * np.cos(np.arange(10) * np.pi / 5)
+    elif shape == "heart":
+        x, y = np.sin(a) ** 3 * 1.1, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 15 - 0.15
+    else:      # moon: a disc less a disc
+        b = np.linspace(-1.0, 1.0, 36)
+        x = np.concatenate([-1.1 * np.cos(b * 2.2) + 0.25, 0.80 * -np.cos(b[::-1] * 1.72) + 0.77])
+        y = np.concatenate([1.1 * np.sin(b * 2.2), 0.90 * np.sin(b[::-1] * 1.72)])
+    return np.stack([x, y], 1)
+
+
+def _draw_frame(size, shape, colour, centre, radius, angle, opacity):
+    """One straight RGBA frame (size, size, 4), drawn at 4x and averaged: soft edges. Two eyes tell up from down."""
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    body = Image.new("L", (4 * size, 4 * size))
+    paint = Image.new("RGB", body.size, colour)
+
+    def draw(image, points, fill):
+        ImageDraw.Draw(image).polygon(((points @ turn * radius + centre) * 4 * size).ravel().tolist(), fill=fill)
+    draw(body, _outline(shape), 255)
+    for x in (-0.55, -0.25) if shape == "moon" else (-0.3, 0.3):
+        for part, grey in ((0.21, 255), (0.11, 20)):
+            draw(paint, _outline("circle") * part + (x, -0.1), (grey, grey, grey))
+    alpha = np.asarray(body.reduce(4))[..., None]
+    return np.concatenate([np.asarray(paint.reduce(4)) * (alpha > 0), (alpha * opacity + 0.5).astype(np.uint8)], -1)
+
+
+def synthetic_sticker(index, size=64):
+    """Procedural sticker number `index`, the same for ever: (frames uint8 (t, size, size, 4) straight RGBA, durations in ms, caption,
+    attributes dict(colour, shape, motion or "still", scale "small" / "big")). t is 1 (about one in ten) to 40 with a long tail; one loop of the motion."""
+    rng = np.random.default_rng([1703, int(index)])
+    colour, shape, scale = rng.choice(list(PALETTE)), rng.choice(SHAPES), rng.choice(list(RADIUS))
+    still = rng.random() < 0.1
+    motion = "still" if still else str(rng.choice(list(MOTIONS)))
+    t = 1 if still else min(40, 4 + int(rng.exponential(9)))
+    radius, way, centre = RADIUS[scale] * rng.uniform(0.92, 1.08), rng.choice([-1, 1]), 0.5 + rng.uniform(-0.05, 0.05, 2)
+    tilt, amplitude = rng.uniform(-0.2, 0.2), min(0.2, 0.46 - 1.2 * RADIUS[scale])
+    frames = []
+    for i in range(t):
+        wave = 2 * np.pi * (i + 0.25) / t      # the way back shows other frames than the way there
+        place, r, angle, opacity = centre.copy(), radius, tilt, 1.0
+        if motion == "bounce":
+            place[1] += amplitude * (1 - 2 * abs(np.sin(wave / 2)))
+        elif motion == "shake":
+            place[0] += amplitude * way * np.cos(wave)
+        elif motion == "orbit":
+            place += amplitude * np.array([np.cos(way * wave), np.sin(way * wave)])
+        elif motion == "spin":
+            angle += way * wave
+        elif motion == "pulse":
+            r *= 1 + 0.3 * np.cos(wave)
+        elif motion == "blink":
+            opacity = 0.6 + 0.4 * np.cos(wave)
+        frames.append(_draw_frame(size, shape, PALETTE[colour], place, r, angle, opacity))
+    caption = " ".join(["a", scale, colour, shape] + ([MOTIONS[motion]] if motion in MOTIONS else []))
+    attributes = {"colour": str(colour), "shape": str(shape), "motion": motion, "scale": str(scale)}
+    return np.stack(frames), [int(rng.integers(4, 13)) * 10] * t if t > 1 else [0], caption, attributes
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Keyframes by clustering (Table 6; the clusters' features are ours)
 
 def frame_features(frames):
@@ -230,19 +482,21 @@ def find_keyframes(frames):
     min(k, distinct frames) entries.
     """
     x = frame_features(frames)
-    _, first, same = np.unique(x, axis=0, return_index=True, return_inverse=True)
+    seen = {}
+    same = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(x)])      # (t,): the first frame that looks like this one
+    first = np.unique(same)
     gram = x @ x.T
     norm = np.diag(gram)
     table = np.full((MAX_K - MIN_K + 1, MAX_K), -1, np.int16)
     for row, k in zip(table, range(MIN_K, MAX_K + 1)):
         if len(first) <= k:
-            chosen = sorted(first)
+            chosen = first
         else:
             labels = _k_means(gram, k)
             chosen = sorted(np.flatnonzero(labels == c)[0] for c in np.unique(labels))
             while len(chosen) < k:     # a cluster died: add the frame farthest from the chosen ones
                 near = np.min(norm[:, None] + norm[chosen] - 2 * gram[:, chosen], 1)
-                near[np.isin(same.ravel(), same.ravel()[chosen])] = -1
+                near[np.isin(same, same[chosen])] = -1
                 chosen = sorted(chosen + [near.argmax()])
         row[:len(chosen)] = chosen
     return table
@@ -318,10 +572,10 @@ Decoded = collections.namedtuple("Decoded", "frames keys duration digest")
 
 
 def _entropy(frames):
-    """Shannon entropy in bits of the grey levels over white, the largest over the frames: about 0 for an empty picture."""
+    """(m, 4, h, w) -> Shannon entropy in bits of the grey levels over white, the largest over the frames: 0 for an empty picture."""
     best = 0.0
     for x in frames:
-        grey = (x[..., :3].sum(-1, dtype=np.int32) // 3 + 255 - x[..., 3]).clip(0, 255)
+        grey = (x[:3].sum(0, dtype=np.int32) // 3 + 255 - x[3]).clip(0, 255)
         p = np.bincount(grey.ravel()) / grey.size
         p = p[p > 0]
         best = max(best, float(-(p * np.log2(p)).sum()))
@@ -348,14 +602,20 @@ def decode_item(path, size, filters=FILTERS):
             return "unreadable", "holds no frame"
     except DataError as error:
         return "unreadable", str(error).removeprefix(f"{path}: ")
+    decoded = keep_keyframes(fitted, duration)
+    if "entropy" in filters and _entropy(decoded.frames) < MIN_ENTROPY:
+        return "entropy", f"under {MIN_ENTROPY} bits: empty or one flat colour"
+    return "ok", decoded
+
+
+def keep_keyframes(fitted, duration):
+    """Premultiplied frames (t, size, size, 4) and duration in ms -> Decoded."""
     table = find_keyframes(fitted)
     used = np.unique(table[table >= 0])
-    frames = np.stack([fitted[i] for i in used])
-    if "entropy" in filters and _entropy(frames) < MIN_ENTROPY:
-        return "entropy", f"under {MIN_ENTROPY} bits: empty or one flat colour"
+    frames = np.ascontiguousarray(np.stack([fitted[i] for i in used]).transpose(0, 3, 1, 2))
     keys = np.where(table < 0, -1, np.searchsorted(used, table)).astype(np.int16)
     digest = hashlib.blake2b(keys.tobytes() + frames.tobytes(), digest_size=16).hexdigest()
-    return "ok", Decoded(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)), keys, duration, digest)
+    return Decoded(frames, keys, duration, digest)
 
 
 def _worker(work, pipe):
@@ -385,7 +645,6 @@ def in_order(work, items, workers, timeout=120):
         theirs.close()
         return process, ours
 
-    import time
     spare = [start() for _ in range(workers)]
     exhausted = False
     try:
@@ -558,6 +817,15 @@ class Stickers:
             report.show()
             report.check(folder, max_bad)
         return cls.build(rows(), size, captions="folder")
+
+    @classmethod
+    def synthetic(cls, count, size, start=0):
+        """Procedural stickers start .. start + count - 1; held out by caption, about one in ten."""
+        def rows():
+            for index in range(start, start + count):
+                frames, durations, caption, _ = synthetic_sticker(index, size)
+                yield f"synthetic-{index}", caption, int(is_held_out(caption)), keep_keyframes(premultiply(frames), sum(durations))
+        return cls.build(rows(), size, captions="synthetic")
 
     @classmethod
     def open(cls, folder):
