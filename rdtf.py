@@ -474,3 +474,422 @@ class DFGN(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *args, use_reentrant=False)
         return module(*args)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class ByteText(nn.Module):
+    """The default text encoder: a small transformer over UTF-8 bytes, trained with the network (ours).
+
+    No vocabulary file and any language. Captions are cut or zero-padded to `text_bytes`; like CLIP's in latent diffusion,
+    the padding is not masked (a mask rules out flash kernels), and the empty caption is "no text".
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        d, self.length = cfg.context_dim, cfg.text_bytes
+        self.embed, self.position = nn.Embedding(256, d), nn.Parameter(0.02 * torch.randn(self.length, d))
+        heads = max(1, d // 64)
+        self.blocks = nn.ModuleList(TransformerBlock(d, heads, d // heads) for _ in range(cfg.text_layers))
+        self.norm = nn.LayerNorm(d)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def tokenize(self, captions):
+        """list of b strings -> (b, n) uint8 on the CPU."""
+        rows = [list(c.encode("utf-8")[:self.length]) for c in captions]
+        return torch.tensor([r + [0] * (self.length - len(r)) for r in rows], dtype=torch.uint8)
+
+    def forward(self, tok):                                                 # b n -> b n d
+        x = self.embed(tok.long()) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class FrozenText(nn.Module):
+    """Frozen Hugging Face encoders, token states concatenated along the sequence (release, Table 6: CLIP 1024-d and T5).
+
+    An encoder whose width is not context_dim passes a trained MLP d -> 2048 -> context_dim with SiLU (release: T5 768-d).
+    The encoders themselves are not part of the checkpoint; `paths` names them and embeddings are cached per caption.
+    """
+
+    def __init__(self, cfg, paths=()):
+        super().__init__()
+        self.paths, self.cache, self.encoders = list(paths), {}, None
+        self.project = nn.ModuleList(
+            nn.Identity() if d == cfg.context_dim else
+            nn.Sequential(nn.Linear(d, 2048), nn.SiLU(), nn.Linear(2048, cfg.context_dim)) for d in cfg.text_dims)
+
+    def load(self):
+        """Open the encoders (kept off the module list: they are neither trained nor saved)."""
+        try:
+            from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel, AutoModel
+        except ImportError as e:
+            raise ImportError("--text-encoder needs the optional package transformers: pip install transformers") from e
+        kinds = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
+        self.encoders = []
+        for path in self.paths:
+            model = kinds.get(AutoConfig.from_pretrained(path).model_type, AutoModel).from_pretrained(path)
+            self.encoders.append((AutoTokenizer.from_pretrained(path), model.eval().requires_grad_(False)))
+
+    def widths(self):
+        return tuple(m.config.hidden_size for _, m in self.encoders)
+
+    @torch.no_grad()
+    def tokenize(self, captions):
+        """list of b strings -> list of (b, 77, d_i) fp32 token states, one per encoder."""
+        if self.encoders is None:
+            self.load()
+        for c in captions:
+            if c not in self.cache:
+                if len(self.cache) > 100_000:                               # captions with dropped words never end
+                    self.cache.clear()
+                self.cache[c] = []
+                for tokenizer, model in self.encoders:
+                    ids = tokenizer(c, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+                    kwargs = {"attention_mask": ids["attention_mask"]} if "attention_mask" in ids else {}
+                    self.cache[c].append(model(ids["input_ids"], **kwargs).last_hidden_state[0].half())
+        return [torch.stack([self.cache[c][i] for c in captions]).float() for i in range(len(self.encoders))]
+
+    def forward(self, states):
+        return torch.cat([p(s) for p, s in zip(self.project, states)], dim=1)
+
+
+def drop_words(caption, rng, p=0.2):
+    """Caption augmentation: each word becomes '#' with probability p (release). rng: numpy Generator."""
+    return " ".join("#" if rng.random() < p else w for w in caption.split())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Autoencoder. Module names are those of Stable Diffusion's VAE in diffusers, so that its weights load as they are.
+
+
+class VAEResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class VAEAttention(nn.Module):
+    """Single-head self-attention over the pixels of the coarsest map."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(32, c, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
+        self.to_out = nn.ModuleList([nn.Linear(c, c)])
+
+    def forward(self, x):
+        y = tokens(self.group_norm(x)).unsqueeze(1)                         # n 1 (h w) c
+        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        return x + feature_map(self.to_out[0](y.squeeze(1)), *x.shape[-2:])
+
+
+class VAEMid(nn.Module):
+    def __init__(self, c, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList([VAEResBlock(c, c), VAEResBlock(c, c)])
+        self.attentions = nn.ModuleList([VAEAttention(c)] if attention else [])
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for a in self.attentions:
+            x = a(x)
+        return self.resnets[1](x)
+
+
+class VAEDown(nn.Module):
+    def __init__(self, c_in, c_out, layers, scale):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResBlock(c_in if j == 0 else c_out, c_out) for j in range(layers))
+        self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2)})] if scale else [])
+
+    def forward(self, x):
+        for r in self.resnets:
+            x = r(x)
+        for d in self.downsamplers:                                         # pads right and below only, as LDM does
+            x = d["conv"](F.pad(x, (0, 1, 0, 1)))
+        return x
+
+
+class VAEUp(nn.Module):
+    def __init__(self, c_in, c_out, layers, scale):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResBlock(c_in if j == 0 else c_out, c_out) for j in range(layers))
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if scale else [])
+
+    def forward(self, x):
+        for m in [*self.resnets, *self.upsamplers]:
+            x = m(x)
+        return x
+
+
+class VAEEncoder(nn.Module):
+    def __init__(self, channels, widths, layers, attention, latent):
+        super().__init__()
+        n = len(widths)
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            VAEDown(widths[max(i - 1, 0)], w, layers, i < n - 1) for i, w in enumerate(widths))
+        self.mid_block = VAEMid(widths[-1], attention)
+        self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class VAEDecoder(nn.Module):
+    def __init__(self, channels, widths, layers, attention, latent):
+        super().__init__()
+        ws = widths[::-1]
+        self.conv_in = nn.Conv2d(latent, ws[0], 3, padding=1)
+        self.mid_block = VAEMid(ws[0], attention)
+        self.up_blocks = nn.ModuleList(
+            VAEUp(ws[max(i - 1, 0)], w, layers + 1, i < len(ws) - 1) for i, w in enumerate(ws))
+        self.conv_norm_out = nn.GroupNorm(32, ws[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(ws[-1], channels, 3, padding=1)
+
+    def forward(self, z):
+        z = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            z = block(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures <-> latents. One class for Stable Diffusion's weights (3 channels) and for our own RGBA-native one.
+
+    Pictures are premultiplied RGBA in [0, 1], (n, 4, h, w), on both sides. The 4-channel autoencoder sees them as they are; the
+    3-channel one sees them composited on white and gives back opaque ones. Latents are normalised per channel: mean and std
+    are measured on the training set (`set_statistics`) and are part of the weights.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.f, self.channels, self.latent_channels = cfg.f, cfg.vae_channels, cfg.latent_channels
+        args = (cfg.vae_channels, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention, cfg.latent_channels)
+        self.encoder, self.decoder = VAEEncoder(*args), VAEDecoder(*args)
+        self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
+        self.register_buffer("mean", torch.zeros(cfg.latent_channels))
+        self.register_buffer("std", torch.ones(cfg.latent_channels))
+
+    def moments(self, x):
+        """Premultiplied RGBA (n, 4, h, w) in [0, 1] -> raw posterior mean and log-variance, each (n, c, h/f, w/f)."""
+        if self.channels == 3:
+            x = x[:, :3] + (1 - x[:, 3:])                                   # composite on white
+        mean, logvar = self.quant_conv(self.encoder(2 * x - 1)).float().chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode_raw(self, z):
+        """Raw latents -> pictures, not clamped (the loss wants the overshoot)."""
+        y = (self.decoder(self.post_quant_conv(z)).float() + 1) / 2
+        return y if self.channels == 4 else torch.cat([y, torch.ones_like(y[:, :1])], 1)
+
+    def encode(self, x):
+        """Pictures -> normalised latents (the posterior mean: the cache must be deterministic)."""
+        return (self.moments(x)[0] - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def decode(self, z):
+        """Normalised latents -> premultiplied RGBA in [0, 1], colour never above alpha."""
+        y = self.decode_raw(z * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
+        return torch.cat([torch.minimum(y[:, :3], y[:, 3:]), y[:, 3:]], 1)
+
+    def set_statistics(self, latents):
+        """latents: raw posterior means (n, c, h, w) of the training set."""
+        self.mean.copy_(latents.mean((0, 2, 3)))
+        self.std.copy_(latents.std((0, 2, 3)))
+
+    @property
+    def id(self):
+        """A short hash of the weights: latent caches are valid for one autoencoder only."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def vae_loss(vae, x, kl_weight, generator=None):
+    """L1 + squared error on premultiplied RGBA and on RGB over white, plus KL (ours; a sticker is seen over some background).
+
+    x: (n, 4, h, w) premultiplied in [0, 1]. Returns a scalar.
+    """
+    mean, logvar = vae.moments(x)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    y = vae.decode_raw(mean + (0.5 * logvar).exp() * noise)
+    err = torch.cat([y - x, (y[:, :3] - y[:, 3:]) - (x[:, :3] - x[:, 3:])], 1)
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+    return err.abs().mean() + 4 * (err ** 2).mean() + kl_weight * kl
+
+
+def read_weights(path):
+    """A dict of tensors from .safetensors or .pt; never runs code that the file carries."""
+    if str(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError as e:
+            raise ImportError("reading .safetensors needs the optional package safetensors: pip install safetensors") from e
+        return load_file(str(path))
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_vae(path):
+    """An autoencoder from our checkpoint (any that carries a "vae"), or from Stable-Diffusion-type weights."""
+    data = read_weights(path)
+    if "vae" in data:
+        vae, state = AutoencoderKL(Config(**data["config"])), data["vae"]
+    else:
+        vae, state = AutoencoderKL(Config(**PRESETS["paper"])), {}
+        old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        for name, value in data.items():
+            for a, b in old.items():                                        # files from before diffusers 0.18
+                name = name.replace(f"attentions.0.{a}.", f"attentions.0.{b}.")
+            is_linear = ".attentions.0.to_" in name and value.ndim == 4     # 1x1 convs in LDM's own files
+            state[name] = value[:, :, 0, 0] if is_linear else value
+        state.update(mean=torch.zeros(vae.latent_channels), std=torch.full((vae.latent_channels,), 1 / 0.18215))
+    vae.load_state_dict({k: v.float() for k, v in state.items()})
+    return vae.eval().requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Diffusion (Section 4 / Table 6 of the paper: 1000 steps, scaled-linear betas 0.00085..0.0120, noise prediction)
+
+STEPS = 1000
+
+
+def alphas_cumprod():
+    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta). LDM code calls this schedule "linear"."""
+    betas = np.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, STEPS, dtype=np.float64) ** 2
+    return torch.from_numpy(np.cumprod(1 - betas)).float()
+
+
+def q_sample(x0, noise, t, abar):
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, always fp32. t: (b,)."""
+    a = abar.to(x0.device)[t].view(-1, *[1] * (x0.ndim - 1))
+    return a.sqrt() * x0.float() + (1 - a).sqrt() * noise
+
+
+class RDTF(nn.Module):
+    """DFGN plus its text encoder: all that is trained in the main stage. forward is the diffusion step of training."""
+
+    def __init__(self, cfg, text_paths=()):
+        super().__init__()
+        self.cfg, self.net = cfg, DFGN(cfg)
+        self.text = FrozenText(cfg, text_paths) if cfg.text_dims else ByteText(cfg)
+        self.register_buffer("abar", alphas_cumprod(), persistent=False)
+
+    def forward(self, x0, noise, t, text, cond_mask, frame_mask=None):
+        """Per-clip losses (b,): squared noise error over real frames / (F c h w) (release: Section 5 of the method).
+
+        The denominator is a constant, so every real frame of every sticker weighs the same and sums over micro-batches and
+        ranks are exact with ragged lengths. Given frames count: they are noised like the rest. x0, noise: (b, t, c, h, w);
+        text: what `text.tokenize` gave; cond_mask, frame_mask (b, t) bool; frame_mask None: nothing is padded.
+        """
+        eps = self.net(q_sample(x0, noise, t, self.abar), t, x0, self.text(text), cond_mask, frame_mask)
+        error = (eps - noise) ** 2
+        if frame_mask is not None:
+            error = torch.where(frame_mask[:, :, None, None, None], error, 0)
+        return error.flatten(1).mean(1)
+
+
+def guidance_weights(text_scale, image_scale, has_text, has_image):
+    """Two-scale guidance as a weighted sum of network calls: {(text?, image?): weight}, zero weights left out.
+
+    e = e(0,0) + s_I (e(0,I) - e(0,0)) + s_T (e(T,I) - e(0,I)), InstructPix2Pix eq. 3 (the paper prints no formula: ours).
+    Without text (or image) the branches that differ in it only are one, so nobody pays for a pass that cannot matter.
+    """
+    weights = {}
+    for key, w in (((0, 0), 1 - image_scale), ((0, 1), image_scale - text_scale), ((1, 1), text_scale)):
+        key = (bool(key[0] and has_text), bool(key[1] and has_image))
+        weights[key] = weights.get(key, 0.0) + w
+    return {k: w for k, w in weights.items() if abs(w) > 1e-8}
+
+
+def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, image_scale, has_text=True, rescale=0.0):
+    """-> eps(x, t): guided noise prediction with everything that is constant over the steps computed here, once.
+
+    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the guided
+    prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16).
+    """
+    weights = guidance_weights(text_scale, image_scale, has_text, bool(cond_mask.any()))
+    context = {k: model.text(text if k else negative) for k in {key[0] for key in weights}}
+    keys = list(weights)
+    b, n = cond_mask.shape[0], len(keys)
+    masks = torch.cat([cond_mask if image else torch.zeros_like(cond_mask) for _, image in keys])
+    fmask = None if frame_mask is None or bool(frame_mask.all()) else frame_mask.repeat(n, 1)
+    constant = model.net.condition(cond.repeat(n, 1, 1, 1, 1), torch.cat([context[k] for k, _ in keys]), masks, fmask)
+    w = torch.tensor([weights[k] for k in keys], device=cond.device).view(n, 1, 1, 1, 1, 1)
+
+    def eps(x, t):
+        out = model.net(x.repeat(n, 1, 1, 1, 1), t.repeat(n), condition=constant).unflatten(0, (n, b))
+        guided = (w * out).sum(0)
+        if rescale and n > 1:
+            full = out[keys.index(max(keys))]                               # the branch that sees the most
+            ratio = full.std((1, 2, 3, 4), keepdim=True) / guided.std((1, 2, 3, 4), keepdim=True)
+            guided = guided * (rescale * ratio + 1 - rescale)
+        return guided
+
+    return eps
+
+
+def timesteps(n):
+    """n decreasing steps from 999: 999, 999 - 1000/n, ... ("trailing"; arXiv 2305.08891 says why to begin at the end)."""
+    if not 1 <= n <= STEPS:
+        raise ValueError(f"steps={n}: choose 1..{STEPS}")
+    return [round(STEPS * (n - i) / n) - 1 for i in range(n)]
+
+
+SAMPLERS = ("ddim", "ddpm", "dpm")
+
+
+def sample(eps, x, steps=50, sampler="ddim", eta=1.0, noise=None, callback=None):
+    """Denoise x ~ N(0, 1) (b, t, c, h, w) to x_0 by `steps` calls of eps(x, t) with t (b,).
+
+    ddim: arXiv 2010.02502 eq. 12 with eta (the paper's choice is 50 steps, eta 1.0). ddpm: ancestral sampling with the true
+    posterior of the strided chain, which is ddim at eta 1. dpm: DPM-Solver++(2M), arXiv 2211.01095 algorithm 2, for few steps.
+    noise: () -> tensor like x, needed when eta > 0. The previous step is the list's next entry, never t - T // n; nothing
+    is clipped, these are latents.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    eta = {"ddpm": 1.0, "dpm": 0.0}.get(sampler, eta)
+    abar, ts = alphas_cumprod().double(), timesteps(steps)
+    old = None                                                              # (x0, log-SNR) of the step before
+    for i, t in enumerate(ts):
+        a = abar[t].item()
+        a_next = abar[ts[i + 1]].item() if i + 1 < steps else 1.0
+        e = eps(x, torch.full((x.shape[0],), t, device=x.device)).float()
+        x0 = (x - (1 - a) ** 0.5 * e) / a ** 0.5
+        if sampler == "dpm":
+            lam = 0.5 * math.log(a / (1 - a))
+            d = x0
+            if a_next < 1:
+                h = 0.5 * math.log(a_next / (1 - a_next)) - lam
+                if old is not None:
+                    r = (lam - old[1]) / h
+                    d = x0 + (x0 - old[0]) / (2 * r)
+                x = ((1 - a_next) / (1 - a)) ** 0.5 * x - a_next ** 0.5 * math.expm1(-h) * d
+            else:                                                           # log-SNR is infinite at the end: first order
+                x = x0
+            old = (x0, lam)
+        else:
+            var = eta ** 2 * (1 - a_next) / (1 - a) * (1 - a / a_next)
+            x = a_next ** 0.5 * x0 + max(1 - a_next - var, 0.0) ** 0.5 * e
+            if var > 0:
+                x = x + var ** 0.5 * noise()
+        if callback:
+            callback(i, x)
+    return x
