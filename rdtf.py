@@ -47,7 +47,8 @@ class Config:
     text_dims: tuple = ()
     # autoencoder
     vae_channels: int = 4                 # 4: premultiplied RGBA (ours), 3: RGB composited on white (SD type)
-    vae_widths: tuple = (32, 64, 128)     # one width per level, so f = 2^(levels - 1)
+    vae_patch: int = 2                    # pixels folded into channels at the entrance (1 for SD type): cheap first level
+    vae_widths: tuple = (64, 128)         # one width per level, so f = vae_patch * 2^(levels - 1)
     vae_layers: int = 1
     vae_attention: bool = False
     # sampling defaults (Section 4 of the paper uses 7.5 and 7.5; small models do best with less, see README)
@@ -63,7 +64,7 @@ class Config:
     @property
     def f(self):
         """Pixels per latent along one edge."""
-        return 2 ** (len(self.vae_widths) - 1)
+        return self.vae_patch * 2 ** (len(self.vae_widths) - 1)
 
 
 PRESETS = {
@@ -74,7 +75,7 @@ PRESETS = {
                  text_scale=5.0, image_scale=1.5),
     # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents, text 1024-d.
     "paper": dict(size=256, widths=(320, 640, 1024, 1280), head_dim=64, context_dim=1024, text_dims=(1024, 768),
-                  vae_channels=3, vae_widths=(128, 256, 512, 512), vae_layers=2, vae_attention=True),
+                  vae_channels=3, vae_patch=1, vae_widths=(128, 256, 512, 512), vae_layers=2, vae_attention=True),
 }
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -679,8 +680,8 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.f, self.channels, self.latent_channels = cfg.f, cfg.vae_channels, cfg.latent_channels
-        args = (cfg.vae_channels, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention, cfg.latent_channels)
+        self.f, self.patch, self.channels, self.latent_channels = cfg.f, cfg.vae_patch, cfg.vae_channels, cfg.latent_channels
+        args = (cfg.vae_channels * cfg.vae_patch ** 2, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention, cfg.latent_channels)
         self.encoder, self.decoder = VAEEncoder(*args), VAEDecoder(*args)
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
@@ -691,12 +692,12 @@ class AutoencoderKL(nn.Module):
         """Premultiplied RGBA (n, 4, h, w) in [0, 1] -> raw posterior mean and log-variance, each (n, c, h/f, w/f)."""
         if self.channels == 3:
             x = x[:, :3] + (1 - x[:, 3:])                                   # composite on white
-        mean, logvar = self.quant_conv(self.encoder(2 * x - 1)).float().chunk(2, 1)
+        mean, logvar = self.quant_conv(self.encoder(F.pixel_unshuffle(2 * x - 1, self.patch))).float().chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def decode_raw(self, z):
         """Raw latents -> pictures, not clamped (the loss wants the overshoot)."""
-        y = (self.decoder(self.post_quant_conv(z)).float() + 1) / 2
+        y = (F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.patch) + 1) / 2
         return y if self.channels == 4 else torch.cat([y, torch.ones_like(y[:, :1])], 1)
 
     def encode(self, x):
@@ -722,17 +723,23 @@ class AutoencoderKL(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def vae_loss(vae, x, kl_weight, generator=None):
-    """L1 + squared error on premultiplied RGBA and on RGB over white, plus KL (ours; a sticker is seen over some background).
+class VAEStep(nn.Module):
+    """One training step of the autoencoder: L1 + squared error on premultiplied RGBA and on RGB over white, plus KL (ours).
 
-    x: (n, 4, h, w) premultiplied in [0, 1]. Returns a scalar.
+    A sticker is always seen over some background; black is premultiplied RGB itself, white is the other extreme.
+    forward(x, noise): pictures (n, 4, h, w) and noise (n, c, h/f, w/f) -> losses (n,).
     """
-    mean, logvar = vae.moments(x)
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
-    y = vae.decode_raw(mean + (0.5 * logvar).exp() * noise)
-    err = torch.cat([y - x, (y[:, :3] - y[:, 3:]) - (x[:, :3] - x[:, 3:])], 1)
-    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-    return err.abs().mean() + 4 * (err ** 2).mean() + kl_weight * kl
+
+    def __init__(self, vae, kl_weight):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, x, noise):
+        mean, logvar = self.vae.moments(x)
+        y = self.vae.decode_raw(mean + (0.5 * logvar).exp() * noise)
+        error = torch.cat([y - x, (y[:, :3] - y[:, 3:]) - (x[:, :3] - x[:, 3:])], 1)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar)
+        return (error.abs() + 4 * error ** 2).flatten(1).mean(1) + self.kl_weight * kl.flatten(1).mean(1)
 
 
 def read_weights(path):
