@@ -12,6 +12,7 @@ Axis letters: t frame, c channel, h w rows and columns. A sticker is uint8 RGBA 
 in training (colour under alpha 0 is undefined; premultiplied, it is 0).
 """
 import argparse
+import bisect
 import collections
 import functools
 import hashlib
@@ -215,14 +216,21 @@ def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, m
     frames = unpremultiply(fit_frames(frames, size)) if size else np.where(frames[..., 3:] > 0, frames, 0)
     text = json.dumps(metadata) if metadata is not None else None
     levels = {".webp": ((None,) if lossless else ()) + QUALITIES, ".mp4": (8, 6, 4, 2)}.get(suffix, (None,) + COLOURS)
-    steps = ((level, frames[::2 ** halved]) for halved in range(len(frames).bit_length()) for level in levels if not halved or level == levels[-1])
-    for level, kept in steps:
-        merged = [sum(durations[i:i + -(-len(frames) // len(kept))]) for i in range(0, len(frames), -(-len(frames) // len(kept)))]
-        data = _ENCODERS[suffix](kept, merged, level, text)
-        if not max_kb or len(data) <= max_kb * 1000:
-            break
-    else:
-        raise DataError(f"{path}: {len(data) / 1000:.0f} kB at the lowest setting, over --max-kb {max_kb:g}; give a larger limit or a smaller --size")
+
+    def encode(level, step):
+        starts = range(0, len(frames), step)
+        return _ENCODERS[suffix](frames[::step], [sum(durations[i:i + step]) for i in starts], level, text)
+    level, step = levels[0], 1
+    data = encode(level, step)
+    if max_kb and len(data) > max_kb * 1000:
+        while len(data := encode(levels[-1], step)) > max_kb * 1000:
+            if step >= len(frames) or suffix == ".png":
+                raise DataError(f"{path}: {len(data) / 1000:.0f} kB at the lowest setting, over --max-kb {max_kb:g}; give a larger limit or "
+                                f"a smaller --size")
+            step *= 2
+        level = levels[bisect.bisect_left(levels, True, key=lambda level: len(encode(level, step)) <= max_kb * 1000)]
+        data = encode(level, step)
+    kept = frames[::step]
     change = [f"{'colours' if suffix in ('.gif', '.apng', '.png') else 'quality'} {level}"] if level != levels[0] else []
     change += [f"{len(kept)} of {len(frames)} frames"] if len(kept) < len(frames) else []
     message = f"{path}: {' and '.join(change)}, to stay under {max_kb:g} kB" if change else ""
@@ -266,31 +274,39 @@ def _write_sheet(frames, durations, colours, text):
 
 
 def _palette(colours, count):
-    """uint8 (n, 3) -> palette (count at most, 3): the colours themselves where they are few enough, else by median cut."""
-    distinct = np.unique(colours, axis=0)
-    if len(distinct) <= count:
-        return distinct
-    strip = Image.fromarray(colours[::max(1, len(colours) // 200_000)][None])
-    return np.array(strip.quantize(count, Image.Quantize.MEDIANCUT).getpalette(), np.uint8).reshape(-1, 3)[:count]
+    """Opaque colours uint8 (n, 3) -> (palette (256, 3), function from colours (..., 3) to its entries): the colours themselves where they
+    are few enough, else a median cut. (Pillow's quantize(palette=...) misses even exact matches.)"""
+    def pack(x, bits=8):
+        x = (x >> (8 - bits)).astype(np.int32)
+        return x[..., 0] << 2 * bits | x[..., 1] << bits | x[..., 2]
+    palette, distinct = np.zeros((256, 3), np.uint8), np.zeros(0, np.int32)
+    for part in np.array_split(colours, len(colours) // 65536 + 1):
+        distinct = np.union1d(distinct, pack(part))
+        if len(distinct) > count:
+            break
+    else:
+        palette[:len(distinct)] = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], -1)
+        return palette, lambda x: np.searchsorted(distinct, pack(x))
+    strip = Image.fromarray(colours[::len(colours) // 200_000 + 1][None]).quantize(count, Image.Quantize.MEDIANCUT)
+    found = np.array(strip.getpalette(), np.uint8).reshape(-1, 3)[:count].astype(np.float32)
+    palette[:len(found)] = found
+    bins = np.arange(1 << 18)
+    grid = np.stack([bins >> 12, bins >> 6 & 63, bins & 63], -1).astype(np.float32) * 4 + 2       # 6 bits a channel
+    nearest = np.concatenate([((found ** 2).sum(1) - 2 * part @ found.T).argmin(1) for part in np.array_split(grid, 16)])
+    return palette, lambda x: nearest[pack(x, 6)]
 
 
 def _write_gif(frames, durations, colours, text):
     """One palette for all frames (no flicker); alpha is cut at one half by us, since Pillow's own quantiser does it unpredictably; disposal 2,
     or every frame would be drawn over the one before."""
     opaque = frames[..., 3] >= 128
-    palette = _palette(frames[opaque][:, :3], colours or 255) if opaque.any() else np.zeros((1, 3), np.uint8)
-    flat = np.zeros((256, 3), np.uint8)
-    flat[:len(palette)] = palette
-    flat[len(palette):] = palette[0]       # unused entries: no new colour for quantize to pick
-    book = Image.new("P", (1, 1))
-    book.putpalette(flat.tobytes())
+    palette, entry = _palette(frames[..., :3][opaque], colours or 255)
     images = []
     for x, seen in zip(frames, opaque):
-        pixels = np.ascontiguousarray(np.where(seen[..., None], x[..., :3], 0))
-        coded = np.array(Image.fromarray(pixels).quantize(palette=book, dither=Image.Dither.NONE))
-        image = Image.fromarray(np.where(seen, np.minimum(coded, 254), 255).astype(np.uint8), "P")
-        image.putpalette(flat.tobytes())
-        images.append(image)
+        coded = np.full(seen.shape, 255, np.uint8)
+        coded[seen] = entry(x[..., :3][seen])
+        images.append(Image.fromarray(coded))
+        images[-1].putpalette(palette.tobytes())
     times, late = [], 0.0
     for duration in durations:             # GIF counts in 10 ms: carry the rounding on, or 42 ms would always play as 40
         times.append(max(20, 10 * round((duration + late) / 10)))
@@ -312,8 +328,9 @@ def _write_mp4(frames, durations, quality, text):
     white = np.pad(white, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")     # H.264 wants even sides
     with tempfile.TemporaryDirectory() as folder:
         with imageio.get_writer(folder + "/x.mp4", format="ffmpeg", fps=1000 / tick, quality=quality, macro_block_size=2) as writer:
-            for frame, duration in zip(white, durations):
-                for _ in range(max(1, round(duration / tick))):
+            ends = np.round(np.cumsum(durations) / tick).astype(int)
+            for frame, repeats in zip(white, np.maximum(1, np.diff(ends, prepend=0))):
+                for _ in range(repeats):
                     writer.append_data(frame)
         return Path(folder, "x.mp4").read_bytes()
 
@@ -1060,9 +1077,11 @@ def emoji_caption(codes):
     """Code points -> words: the `emoji` package's name if it is installed ("woman surfing"), else from the Unicode names."""
     try:
         import emoji
-        name = emoji.demojize("".join(map(chr, codes)), delimiters=("", ""))
-        if name.isascii() and name != "":
-            return " ".join(re.sub(r"[_:]+", " ", name).replace("’", "'").split()).lower()
+        text = "".join(map(chr, codes))
+        name = emoji.demojize(text, delimiters=("", ""))
+        if name != text:
+            flag = "flag " if 0x1F1E6 <= codes[0] <= 0x1F1FF else ""
+            return flag + " ".join(name.replace("_", " ").replace("’", "'").split()).lower()
     except ImportError:
         pass
     words, letters = [], ""
