@@ -1,15 +1,15 @@
-"""How good are the stickers? Held-out clips, fixed masks and seeds, trivial rivals in the same table, intervals everywhere.
+"""How good are the stickers? Held-out clips, fixed masks and seeds, trivial rivals in the same table.
 
-    python benchmarks/features.py fetch                                  # once: networks for FVD, KVD, KID, text match
+    python benchmarks/features.py fetch                  # once: networks for FVD, KVD, KID and text match
     python benchmarks/quality.py run --ckpt runs/a/last.pt --data data/fluent64 --out runs/a/quality
     python benchmarks/quality.py compare runs/a/quality/results.json runs/b/quality/results.json
-    python benchmarks/quality.py validity --data data/fluent64           # does each measure see what it claims to see?
-    python benchmarks/quality.py conditioning --ckpt runs/toy/last.pt    # procedural set: colour, shape, motion read back
+    python benchmarks/quality.py validity --data data/fluent64          # do measures see what they claim?
+    python benchmarks/quality.py conditioning --ckpt runs/toy/last.pt   # colour, shape, motion read off
 
-Clips are float32 (n, t, h, w, 4), premultiplied RGBA in [0, 1]; t = 8. Every figure is `value ± 1.96 s`, s = standard
-deviation over bootstrap draws of the stickers (the same stickers drawn for truth and output, so that pairing counts).
-A Frechet distance is biased upwards at small N: read it against the floor row (real clips of other concepts) of the
-same N, never across N. Rows with a given frame share it with the truth, so they can lie below that floor.
+Clips are float32 (n, t, h, w, 4), premultiplied RGBA in [0, 1]; t = 8. Every figure is `value ± 1.96 s`, s =
+standard deviation over bootstrap draws of the stickers (the same for truth and output: pairing counts). A
+Frechet distance is biased upwards at small N: read it against the floor row (real clips of other concepts)
+of the same N, never across N. Modes with given frames share them with the truth and can lie below that floor.
 """
 import argparse
 import json
@@ -29,6 +29,7 @@ import features  # noqa: E402
 from data import DataError  # noqa: E402
 
 FRAMES = 8
+EVERY, FIRST, NONE = np.ones(FRAMES, bool), np.arange(FRAMES) == 0, np.zeros(FRAMES, bool)
 # mode -> (given frames, is the caption given); Table 7 of the paper with its random choices fixed
 MODES = {
     "interpolate-2": ("10101010", True),
@@ -47,7 +48,7 @@ def mask_of(mode):
     return np.array([c == "1" for c in MODES[mode][0]])
 
 
-# --------------------------------------------------------------------------------------- per-pixel measures
+# ----------------------------------------------------------------------------------------- per-pixel measures
 # real, fake (n, t, h, w, 4); made: bool (t,), the frames the model had to make -> one number per clip (n,)
 
 def psnr(real, fake, made):
@@ -67,12 +68,13 @@ def smooth(x, kernel):
 
 
 def ssim(real, fake, made):
-    """Structural similarity (Wang et al. 2004: Gaussian window 11, sigma 1.5), RGB over white, made frames."""
-    kernel = gaussian(1.5, 5)
-    x, y = (rearrange(torch.from_numpy(features.over_white(clips[:, made])).double(), "n t h w c -> (n t c) h w")
-            for clips in (real, fake))
-    mx, my = smooth(x, kernel), smooth(y, kernel)
-    vx, vy, vxy = smooth(x * x, kernel) - mx * mx, smooth(y * y, kernel) - my * my, smooth(x * y, kernel) - mx * my
+    """Structural similarity (Wang et al. 2004: Gaussian window 11, sigma 1.5), RGB over white, made ones."""
+    window = gaussian(1.5, 5)
+    x, y = (torch.from_numpy(features.over_white(clips[:, made])).double() for clips in (real, fake))
+    x, y = (rearrange(z, "n t h w c -> (n t c) h w") for z in (x, y))
+    mx, my = smooth(x, window), smooth(y, window)
+    vx, vy = smooth(x * x, window) - mx * mx, smooth(y * y, window) - my * my
+    vxy = smooth(x * y, window) - mx * my
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     score = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return score.mean((1, 2)).view(len(real), -1).mean(1).numpy()
@@ -98,7 +100,7 @@ def motion(clips, made):
     return np.abs(steps(clips, made)).mean((1, 2, 3, 4), dtype=np.float64)
 
 
-# --------------------------------------------------------------------- statistics of a set, and their intervals
+# ------------------------------------------------------------------- statistics of a set, and their intervals
 # A statistic is a function of sticker weights w (n,), so that the bootstrap can draw stickers by count.
 
 def mean(fake, real):
@@ -110,9 +112,9 @@ def ratio(fake, real):
 
 
 def frechet(fake, real):
-    """Frechet distance between Gaussians fitted to features (n, d): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+    """Frechet distance of Gaussians fitted to features (n, d): |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    With S = A^T A, the last trace is the nuclear norm of A1 A2^T: exact, and no matrix is larger than min(n, d)."""
+    With S = A^T A the last trace is the nuclear norm of A1 A2^T: exact, with matrices of min(n, d) only."""
     def distance(w):
         keep = w > 0
         weight = w[keep, None] / w.sum()
@@ -128,9 +130,9 @@ def frechet(fake, real):
 
 
 def kernel(fake, real):
-    """Unbiased squared MMD with the kernel (x.y / d + 1)^3 of KID (arXiv 1801.01401), in the form for equal sizes of
-    Gretton et al. 2012, eq. 4. Features (n, d), or (n, t, d): then frames are the samples and pairs of frames of one
-    sticker are left out."""
+    """Unbiased squared MMD with the kernel (x.y / d + 1)^3 of KID (arXiv 1801.01401), in the form for equal
+    sizes of Gretton et al. 2012, eq. 4. Features (n, d), or (n, t, d): then frames are the samples, and pairs
+    of frames of one sticker are left out."""
     fake, real = (x.reshape(len(x), -1, x.shape[-1]) for x in (fake, real))
 
     def gram(x, y):
@@ -145,8 +147,8 @@ def kernel(fake, real):
 
 
 def interval(statistic, n, draws=200, seed=0):
-    """Statistic on all n stickers and the half width of its 95 % interval: 1.96 standard deviations over `draws`
-    bootstrap draws. Centred on the value (not percentiles), since drawing with replacement adds to a distance's bias."""
+    """Statistic on all n stickers, and half the width of its 95 % interval: 1.96 standard deviations over
+    bootstrap draws. Not percentiles: drawing with replacement adds to a distance's bias and shifts them."""
     rng = np.random.default_rng(seed)
     values = [statistic(rng.multinomial(n, np.full(n, 1 / n)).astype(float)) for _ in range(draws)]
     return float(statistic(np.ones(n))), float(1.96 * np.std(values, ddof=1))
@@ -182,7 +184,7 @@ def badness(measure, value):
     return abs(np.log(max(value, 1e-9))) if way == "one" else -value if way == "high" else value
 
 
-# --------------------------------------------------------------------------------------------------- rivals
+# ----------------------------------------------------------------------------------------------------- rivals
 
 def neighbours(mask, t):
     """Nearest given frames before and after t (None where there is none)."""
@@ -208,8 +210,8 @@ def linear_blend(clips, mask):
 
 
 def flow_warp(clips, mask):
-    """Frames between two given ones from both, warped along DIS optical flow and cross-faded; beyond the given frames
-    the last motion goes on at constant speed. Needs OpenCV."""
+    """Frames between two given ones from both, warped along DIS optical flow and cross-faded; beyond the
+    given frames the last motion goes on at constant speed. Needs OpenCV."""
     try:
         import cv2
     except ImportError:
@@ -247,12 +249,13 @@ def flow_warp(clips, mask):
 class Bench:
     """All measures that can be taken with what is on this machine.
 
-    networks: folder of features.py's downloads (used as far as they are there); vae: our AutoencoderKL or None;
-    clip: folder of a Hugging Face CLIP or None; `teach` fits the text probe."""
+    networks: folder of features.py's downloads (used as far as they are there); vae: our AutoencoderKL or
+    None; clip: folder of a Hugging Face CLIP or None; i3d_dtype: fp32 or bf16. `teach` fits the probe."""
 
-    def __init__(self, networks=features.NETWORKS, vae=None, clip=None):
+    def __init__(self, networks=features.NETWORKS, vae=None, clip=None, i3d_dtype="fp32"):
         here = {name for name in features.FILES if (Path(networks) / name).exists()}
-        self.i3d = features.I3D(networks) if "i3d-kinetics-400.ckpt" in here else None
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[i3d_dtype]
+        self.i3d = features.I3D(networks, dtype) if "i3d-kinetics-400.ckpt" in here else None
         self.frames = features.EfficientNet(networks) if "efficientnet-lite0.pth" in here else None
         text = self.frames and {"minilm.safetensors", "minilm-vocab.txt"} <= here
         self.minilm = features.MiniLM(networks) if text else None
@@ -267,10 +270,10 @@ class Bench:
             self.probe = features.RidgeProbe(self.frames(clips).mean(1), self.minilm(captions))
 
     def raw(self, fake, made, captions, real=None, only=None):
-        """Raw quantities of clips, a dict of arrays with one row per clip; the per-pixel ones only with `real`.
+        """Raw quantities of clips, a dict of arrays with a row per clip; the per-pixel ones only with `real`.
 
-        only: names of the quantities wanted (None: all). Text match: the caption of row i has to win against those of
-        all other rows."""
+        only: names of the quantities wanted (None: all). Text match: the caption of row i has to win against
+        those of all other rows."""
         def wanted(*names):
             return only is None or only & set(names)
         found = {"motion": motion(fake, made)}
@@ -299,15 +302,15 @@ def summarise(fake, real, draws=200):
             if source in fake and (how is mean or source in real)}
 
 
-# ------------------------------------------------------------------------------------------- stickers and plan
+# ------------------------------------------------------------------------------------------ stickers and plan
 
 def without_tone(caption):
-    """"waving hand medium-light skin tone" -> "waving hand": tones of one concept count as one sticker here."""
+    """"waving hand light skin tone" -> "waving hand": the tones of a concept count as one sticker here."""
     return re.sub(r"\b(medium-light|medium-dark|light|medium|dark) skin tone\b", "", caption).strip(" ,:")
 
 
 def choose(stickers, split, count, rng, avoid=()):
-    """Up to `count` random stickers of a split with 8 distinct key frames, one for each concept -> list of int."""
+    """Up to `count` random stickers of a split with 8 distinct key frames, one per concept -> list of int."""
     chosen, seen = [], set(avoid)
     for i in rng.permutation(stickers.select(split)):
         concept = without_tone(stickers.caption(i))
@@ -333,23 +336,33 @@ def make_plan(stickers, count, seed):
     items = choose(stickers, "held_out", count, rng)
     others = choose(stickers, "train", len(items), rng, [without_tone(stickers.caption(i)) for i in items])
     if len(items) < 8 or len(others) < len(items):
-        raise DataError(f"--data: {len(items)} held-out stickers with 8 distinct frames and {len(others)} others to compare "
-                        "with; at least 8 of each are needed")
+        raise DataError(f"--data: {len(items)} held-out stickers of 8 distinct frames, {len(others)} others to "
+                        "compare with; at least 8 of each are needed")
     return {"data": stickers.meta.get("fingerprint"), "size": int(stickers.size), "plan_seed": seed,
             "items": items, "names": [stickers.name(i) for i in items],
             "captions": [without_tone(stickers.caption(i)) for i in items],
-            "others": others, "modes": {mode: list(MODES[mode]) for mode in MODES}, "seeds": list(range(len(items)))}
+            "others": others, "seeds": list(range(len(items))),
+            "modes": {mode: list(MODES[mode]) for mode in MODES}}
+
+
+def teaching_pool(bench, stickers, plan, most=600):
+    """Training stickers that the plan leaves; two frames of each teach the text probe -> list of int."""
+    taken = plan["captions"] + [without_tone(stickers.caption(i)) for i in plan["others"]]
+    pool = choose(stickers, "train", most, np.random.default_rng(plan["plan_seed"]), taken)
+    if bench.minilm and len(pool) >= 32:
+        bench.teach(clips_of(stickers, pool)[:, ::4], [without_tone(stickers.caption(i)) for i in pool])
+    return pool
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); give the file that `quality.py run` wrote") from None
+        raise DataError(f"{path}: not readable as JSON ({error}); give what `quality.py run` wrote") from None
 
 
 def word_retrieval(captions, stickers, pool):
-    """For each caption the pool sticker that shares most words with it (Jaccard; the first of equals) -> list of int."""
+    """For each caption the sticker of the pool that shares most words with it (Jaccard) -> list of int."""
     words = [set(without_tone(stickers.caption(i)).split()) for i in pool]
 
     def best(caption):
@@ -361,28 +374,36 @@ def word_retrieval(captions, stickers, pool):
 # -------------------------------------------------------------------------------------------------------- run
 
 def generate(model, clips, captions, mask, args, seeds):
-    """Clips and bool mask (8,) -> the model's clips (n, 8, h, w, 4), rounded to 8 bits like a sticker file."""
+    """Clips and bool mask (8,) -> the model's clips (n, 8, h, w, 4), rounded to 8 bits like a file."""
     import sample
     out = []
     for i in tqdm(range(0, len(clips), args.batch), "sampling", leave=False):
         part = slice(i, i + args.batch)
         frames = torch.from_numpy(clips[part]).permute(0, 1, 4, 2, 3).contiguous()
         given = torch.from_numpy(mask).expand(len(frames), -1)
-        result = sample.sample_clips(model, captions[part], frames * given[..., None, None, None], given,
-                                     torch.ones_like(given), steps=args.steps, sampler=args.sampler, eta=args.eta,
-                                     text_scale=args.text_scale, image_scale=args.image_scale, seeds=seeds[part],
-                                     precision=args.precision)
+        frames = frames * given[..., None, None, None]       # the model is not shown what it has to make
+        result = sample.sample_clips(
+            model, captions[part], frames, given, torch.ones_like(given), steps=args.steps, eta=args.eta,
+            sampler=args.sampler, text_scale=args.text_scale, image_scale=args.image_scale, seeds=seeds[part],
+            precision=args.precision)
         out.append(result.float().cpu().permute(0, 1, 3, 4, 2).numpy())
     return (np.concatenate(out).clip(0, 1) * 255).round().astype(np.float32) / 255
 
 
+def default_scales(args, cfg):
+    """Guidance scales that were not given are the checkpoint's own."""
+    args.text_scale = cfg.text_scale if args.text_scale is None else args.text_scale
+    args.image_scale = cfg.image_scale if args.image_scale is None else args.image_scale
+
+
 def rivals_of(mode, real, mask, retrieved):
     """Mode -> {rival: clips}."""
-    if mode == "t2v":                    # nothing is given: a training sticker with a similar caption, or a still picture
-        return {"nearest caption": retrieved, "still (true first frame)": copy_nearest(real, np.arange(FRAMES) == 0)}
-    if mask.sum() == 1:
-        return {"copy": copy_nearest(real, mask)}
-    return {"copy": copy_nearest(real, mask), "blend": linear_blend(real, mask), "flow": flow_warp(real, mask)}
+    if mode == "t2v":                    # nothing is given: a training sticker of similar caption, or a still
+        return {"nearest caption": retrieved, "still (true first frame)": copy_nearest(real, FIRST)}
+    rivals = {"copy": copy_nearest(real, mask)}
+    if mask.sum() > 1:
+        rivals |= {"blend": linear_blend(real, mask), "flow": flow_warp(real, mask)}
+    return rivals
 
 
 def to_uint8(clips):
@@ -394,7 +415,7 @@ def save_sheet(path, real, mask, methods, most=6):
     """Truth, given frames and every method under each other for the first stickers."""
     rows, labels = [], []
     for i in range(min(most, len(real))):
-        for name, clips in {"truth": real, "given": real * mask[None, :, None, None, None], **methods}.items():
+        for name, clips in {"truth": real, "given": real * mask[:, None, None, None], **methods}.items():
             rows.append(to_uint8(clips[i]))
             labels.append(name)
     data.save_sheet(path, rows, labels)
@@ -404,25 +425,23 @@ def run(args):
     """The `run` command: tables, raw features and sheets into --out."""
     import sample
     model = sample.load_model(args.ckpt, device=args.device)
-    stickers = data.open_stickers(args.data, args.size)
+    default_scales(args, model.cfg)
+    stickers = data.open_stickers(args.data, model.cfg.size)
     plan = read_json(args.plan) if args.plan else make_plan(stickers, args.count, args.seed)
     if plan["data"] != stickers.meta.get("fingerprint"):
-        raise DataError(f"--plan {args.plan}: made for other data than {args.data}; leave --plan away or give its data")
+        raise DataError(f"--plan {args.plan}: made for other data than {args.data}; leave it away")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(plan, indent=1))
 
-    bench = Bench(args.networks, model.vae, args.clip)
-    rng = np.random.default_rng(plan["plan_seed"])
-    taken = plan["captions"] + [without_tone(stickers.caption(i)) for i in plan["others"]]
-    pool = choose(stickers, "train", 400, rng, taken)        # teaches the text probe, answers "nearest caption"
-    if bench.minilm and len(pool) >= 32:
-        bench.teach(clips_of(stickers, pool)[:, ::4], [without_tone(stickers.caption(i)) for i in pool])
-    real, other, captions = clips_of(stickers, plan["items"]), clips_of(stickers, plan["others"]), plan["captions"]
+    bench = Bench(args.networks, model.vae, args.clip, args.i3d_dtype)
+    pool = teaching_pool(bench, stickers, plan)
+    real, other = clips_of(stickers, plan["items"]), clips_of(stickers, plan["others"])
+    captions = plan["captions"]
     retrieved = clips_of(stickers, word_retrieval(captions, stickers, pool or plan["others"]))
 
-    settings = {key: getattr(args, key) for key in
-                ("ckpt", "data", "steps", "sampler", "eta", "text_scale", "image_scale", "precision")}
+    keys = "ckpt data steps sampler eta text_scale image_scale precision i3d_dtype".split()
+    settings = {key: getattr(args, key) for key in keys}
     results, raw = {"plan": plan, "settings": settings, "modes": {}}, {}
     for mode in args.modes.split(","):
         mask, with_text = mask_of(mode), MODES[mode][1]
@@ -435,10 +454,11 @@ def run(args):
         raws["floor: other real clips"] = bench.raw(other, made, captions)
         table = {name: summarise(found, truth, args.draws) for name, found in raws.items()}
         if bench.probe or bench.clip:    # what text match makes of the true clips: the most to be had
-            table["truth"] = {m: v for m, v in summarise(truth, truth, args.draws).items() if MEASURES[m][1] is mean}
+            table["truth"] = {measure: value for measure, value in summarise(truth, truth, args.draws).items()
+                              if MEASURES[measure][1] is mean}
         results["modes"][mode] = table
-        raw |= {f"{mode}|{who}|{key}": value.astype(np.float32) for who, found in (("ours", raws["ours"]), ("truth", truth))
-                for key, value in found.items()}
+        for who, found in (("ours", raws["ours"]), ("truth", truth)):
+            raw |= {f"{mode}|{who}|{key}": value.astype(np.float32) for key, value in found.items()}
         save_sheet(out / f"{mode}.png", real, mask, methods)
         print(markdown(mode, table), flush=True)
 
@@ -458,49 +478,52 @@ def markdown(mode, table):
     columns = [m for m in MEASURES if any(m in row for row in table.values())]
     arrow = {"high": "↑", "low": "↓", "one": "→1"}
     head = "| " + " | ".join([mode] + [f"{m} {arrow[MEASURES[m][2]]}" for m in columns]) + " |"
-    rows = ["| " + " | ".join([name] + [cell(m, row.get(m)) for m in columns]) + " |" for name, row in table.items()]
-    return "\n".join([head, "|---" * (len(columns) + 1) + "|", *rows, ""])
+    rows = [" | ".join([name] + [cell(m, row.get(m)) for m in columns]) for name, row in table.items()]
+    return "\n".join([head, "|---" * (len(columns) + 1) + "|", *(f"| {row} |" for row in rows), ""])
 
 
 def report(results):
     plan, settings = results["plan"], results["settings"]
-    lines = [f"N = {len(plan['items'])} held-out stickers of {plan['size']} px, 8 frames; {settings['steps']} steps of "
-             f"{settings['sampler']}, eta {settings['eta']}, scales {settings['text_scale']} (text) and "
-             f"{settings['image_scale']} (image); value ± half of the 95 % bootstrap interval; per-pixel measures on the "
-             "made frames only.", ""]
+    lines = [f"N = {len(plan['items'])} held-out stickers of {plan['size']} px, 8 frames; "
+             f"{settings['steps']} steps of {settings['sampler']}, eta {settings['eta']}, scales "
+             f"{settings['text_scale']} (text) and {settings['image_scale']} (image); value ± half of the 95 % bootstrap interval; per-pixel "
+             "measures on the made frames only.", ""]
     return "\n".join(lines + [markdown(mode, table) for mode, table in results["modes"].items()])
 
 
 def compare(args):
-    """The `compare` command: B - A per mode and measure, paired over stickers; `*` = the interval leaves out zero."""
+    """The `compare` command: B - A per mode and measure, paired over stickers; a verdict where the interval
+    leaves out zero."""
     results = [read_json(path) for path in args.results]
     raws = []
     for path in args.results:
         try:
             raws.append(np.load(Path(path).with_name("raw.npz"), allow_pickle=False))
         except (OSError, ValueError) as error:
-            raise DataError(f"{Path(path).with_name('raw.npz')}: unreadable ({error}); run quality.py again") from None
+            raise DataError(f"{path}: no readable raw.npz beside it ({error}); run it again") from None
     plans = [{key: r["plan"].get(key) for key in ("data", "items", "seeds", "modes")} for r in results]
     if plans[0] != plans[1]:
-        raise DataError(f"{args.results[1]}: other stickers, masks or seeds than {args.results[0]}; run it with the other's --plan")
+        raise DataError(f"{args.results[1]}: other stickers, masks or seeds than {args.results[0]}; "
+                        "run it again with the other's --plan")
 
     def parts(raw, mode, who):
         prefix = f"{mode}|{who}|"
         return {key[len(prefix):]: raw[key].astype(np.float64) for key in raw.files if key.startswith(prefix)}
 
-    print(f"| B - A, N = {len(plans[0]['items'])} | measure | A | B | difference | |\n|---|---|---|---|---|---|")
+    print(f"| N = {len(plans[0]['items'])} | measure | A | B | B - A | |\n|---|---|---|---|---|---|")
     for mode in results[0]["modes"]:
         if mode not in results[1]["modes"]:
             continue
         (a, ta), (b, tb) = [(parts(raw, mode, "ours"), parts(raw, mode, "truth")) for raw in raws]
         for measure, (source, _, way, _, decimals) in MEASURES.items():
             if source in a and source in b:
-                sa, sb = statistic(measure, a, ta), statistic(measure, b, tb)
-                value, half = interval(lambda w: sb(w) - sa(w), len(a[source]), args.draws)
-                better = abs(value) > half and way != "one" and ("B better" if (value > 0) == (way == "high") else "A better")
-                ones = np.ones(len(a[source]))
+                sa, sb, ones = statistic(measure, a, ta), statistic(measure, b, tb), np.ones(len(a[source]))
+                value, half = interval(lambda w: sb(w) - sa(w), len(ones), args.draws)
+                verdict = ""
+                if abs(value) > half and way != "one":
+                    verdict = "B better" if (value > 0) == (way == "high") else "A better"
                 print(f"| {mode} | {measure} | {sa(ones):.{decimals}f} | {sb(ones):.{decimals}f} | "
-                      f"{value:+.{decimals}f} ± {half:.{decimals}f} | {better or ''} |")
+                      f"{value:+.{decimals}f} ± {half:.{decimals}f} | {verdict} |")
 
 
 # --------------------------------------------------------------------------------------------------- validity
@@ -538,33 +561,33 @@ DISTORTIONS = {"noise": (add_noise, (0.02, 0.05, 0.1, 0.2)), "blur": (blur, (0.5
                "shuffle": (shuffle, (2, 4, 6, 8)), "freeze": (freeze, (1, 3, 5, 7)),
                "wrong captions": (None, (0.25, 0.5, 0.75, 1))}
 ALL = ("noise", "blur", "shuffle", "freeze")
-CLAIMS = {"PSNR dB": ALL, "SSIM": ALL, "alpha MAE": ALL, "temporal error": ALL, "motion / real": ("noise", "shuffle", "freeze"),
-          "FVD": ALL, "KVD": ALL, "KID x1000": ("noise", "blur"), "VAE-Frechet": ALL,
+CLAIMS = {"PSNR dB": ALL, "SSIM": ALL, "alpha MAE": ALL, "temporal error": ALL,
+          "motion / real": ("noise", "shuffle", "freeze"), "FVD": ALL, "KVD": ALL,
+          "KID x1000": ("noise", "blur"), "VAE-Frechet": ALL,
           "R@1": ("wrong captions",), "R@5": ("wrong captions",), "CLIP": ("wrong captions",)}
 
 
-def response(bench, real, captions, kind, source=None, seed=0):
-    """Value of every measure at distortion level 0 and the four levels of DISTORTIONS[kind] -> {measure: [5 values]}.
+def response(bench, real, captions, kind, references, seed=0):
+    """How every measure that claims to see `kind` answers to undistorted clips and to the four levels of it.
 
-    source: the clips that are distorted; by default the real ones themselves (paired), else clips of other stickers."""
+    references: {"the same stickers": raw quantities of `real`, and optionally "other stickers": those of as
+    many others}, which distances are taken to -> {(measure, reference): [5 values]}."""
     make, levels = DISTORTIONS[kind]
-    source = real if source is None else source
-    everything, curves = np.ones(FRAMES, bool), {}
     claimed = [measure for measure in MEASURES if kind in CLAIMS[measure]]
-    only = {MEASURES[measure][0] for measure in claimed}
-    truth = bench.raw(real, everything, captions, only=only)
+    only, curves = {MEASURES[measure][0] for measure in claimed}, {}
     for level in (0, *levels):
-        rng = np.random.default_rng(seed)
-        fake = make(source, level, rng) if level and make else source
-        wrong = list(captions)
+        rng, wrong = np.random.default_rng(seed), list(captions)
         if level and make is None:       # captions of the first share of stickers go round by one
             share = round(level * len(wrong))
             wrong[:share] = wrong[1:share] + wrong[:1]
-        found = bench.raw(fake, everything, wrong, real if source is real else None, only)
+        fake = make(real, level, rng) if level and make else real
+        found = bench.raw(fake, EVERY, wrong, real, only) if level else references["the same stickers"]
         for measure in claimed:
-            key, how = MEASURES[measure][:2]
-            if key in found and (how is mean or key in truth):
-                curves.setdefault(measure, []).append(float(statistic(measure, found, truth)(np.ones(len(real)))))
+            source, how = MEASURES[measure][:2]
+            for name, reference in references.items():
+                if source in found and (how in (frechet, kernel) or name == "the same stickers"):
+                    value = statistic(measure, found, reference)(np.ones(len(real)))
+                    curves.setdefault((measure, name), []).append(float(value))
     return curves
 
 
@@ -581,81 +604,98 @@ def validity(args):
     if args.vae:
         import rdtf
         vae = rdtf.load_vae(args.vae)
-    bench = Bench(args.networks, vae, args.clip)
-    rng = np.random.default_rng(args.seed)
-    taken = plan["captions"] + [without_tone(stickers.caption(i)) for i in plan["others"]]
-    pool = choose(stickers, "train", 400, rng, taken)
-    if bench.minilm and len(pool) >= 32:
-        bench.teach(clips_of(stickers, pool)[:, ::4], [without_tone(stickers.caption(i)) for i in pool])
+    bench = Bench(args.networks, vae, args.clip, args.i3d_dtype)
+    teaching_pool(bench, stickers, plan)
     real, other = clips_of(stickers, plan["items"]), clips_of(stickers, plan["others"])
-    print(f"N = {len(real)}; columns: undistorted, then the four levels\n| measure | distortion | against | 0 | 1 | 2 | 3 | 4 | holds |")
+    references = {"the same stickers": bench.raw(real, EVERY, plan["captions"], real),
+                  "other stickers": bench.raw(other, EVERY, plan["captions"])}
+    print(f"N = {len(real)}; columns: undistorted, then the four levels\n"
+          "| measure | distortion | against | 0 | 1 | 2 | 3 | 4 | holds |")
     print("|---|---|---|---|---|---|---|---|---|")
     good = True
     for kind in DISTORTIONS:
-        for against, source in (("the same stickers", None), ("other stickers", other)):
-            if kind == "wrong captions" and source is not None:
-                continue
-            for measure, curve in response(bench, real, plan["captions"], kind, source).items():
-                if source is not None and MEASURES[measure][1] is mean:
-                    continue
-                holds = monotone(measure, curve)
-                good &= holds
-                values = " | ".join(f"{value:.{MEASURES[measure][4]}f}" for value in curve)
-                print(f"| {measure} | {kind} {DISTORTIONS[kind][1]} | {against} | {values} | {'yes' if holds else 'NO'} |", flush=True)
+        for (measure, against), curve in response(bench, real, plan["captions"], kind, references).items():
+            holds = monotone(measure, curve)
+            good &= holds
+            cells = [f"{value:.{MEASURES[measure][4]}f}" for value in curve] + ["yes" if holds else "NO"]
+            print(f"| {measure} | {kind} {DISTORTIONS[kind][1]} | {against} | {' | '.join(cells)} |", flush=True)
     return good
 
 
-# ------------------------------------------------------------------------------------------------ conditioning
+# ----------------------------------------------------------------------------------------------- conditioning
+ATTRIBUTES = ("colour", "shape", "motion", "scale")
+
+
+def procedural(count, first, size):
+    """`count` moving procedural stickers from index `first` on, those with 8 distinct key frames
+    -> clips (count, 8, size, size, 4) premultiplied float32, captions, attributes (list of dict)."""
+    clips, captions, truths, index = [], [], [], first
+    while len(clips) < count:
+        frames, _, caption, attributes = data.synthetic_sticker(index, size)
+        index += 1
+        frames = data.premultiply(frames)
+        keys = data.find_keyframes(frames)[-1]
+        if attributes["motion"] != "still" and keys.min() >= 0:
+            clips.append(frames[keys].astype(np.float32) / 255)
+            captions.append(caption)
+            truths.append(attributes)
+    return np.stack(clips), captions, truths
+
 
 def agreement(clips, truths):
-    """Share of clips whose read-off attribute equals the wanted one -> {attribute: array of 0/1 (n,)}."""
+    """1.0 where the attribute read off a clip is the wanted one -> {attribute: (n,)}."""
     import attributes
     read = [attributes.read_attributes(to_uint8(clip)) for clip in clips]
-    return {key: np.array([float(r.get(key) == t[key]) for r, t in zip(read, truths)]) for key in ("colour", "shape", "motion")}
+    return {key: np.array([float(r.get(key) == t[key]) for r, t in zip(read, truths)]) for key in ATTRIBUTES}
 
 
 def conditioning(args):
-    """The `conditioning` command: procedural stickers, whose caption determines colour, shape and motion."""
+    """The `conditioning` command: procedural stickers, whose captions say colour, shape, motion and scale."""
     import sample
     model = sample.load_model(args.ckpt, device=args.device)
-    stickers = [data.synthetic_sticker(args.first + i, args.size) for i in range(args.count)]
-    real = np.stack([data.premultiply(np.asarray(frames)[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)])
-                     for frames, *_ in stickers]).astype(np.float32) / 255
-    captions, truths = [s[2] for s in stickers], [s[3] for s in stickers]
-    other = np.roll(np.arange(args.count), 1)
-    swapped, seeds = [captions[i] for i in other], list(range(args.count))
-    none, first = np.zeros(FRAMES, bool), np.arange(FRAMES) == 0
+    default_scales(args, model.cfg)
+    real, captions, truths = procedural(args.count, args.first, model.cfg.size)
+    swapped, others = captions[-1:] + captions[:-1], truths[-1:] + truths[:-1]
+    silent, seeds = [""] * len(real), list(range(len(real)))
 
     def make(texts, mask):
         return generate(model, real, texts, mask, args, seeds)
-    swap = make(swapped, none)
+    crossed = make(swapped, NONE)
     rows = {
-        "the reader on real clips": (real, truths),
-        "t2v": (make(captions, none), truths),
-        "t2v, swapped captions, against the caption given": (swap, [truths[i] for i in other]),
-        "t2v, swapped captions, against the old caption": (swap, truths),
-        "no caption, no reference (chance)": (make([""] * args.count, none), truths),
-        "i2v, against the reference": (make([""] * args.count, first), truths),
-        "it2v": (make(captions, first), truths),
+        "the reader, on real clips": (real, truths),
+        "t2v: the caption": (make(captions, NONE), truths),
+        "t2v, captions swapped: the caption given": (crossed, others),
+        "t2v, captions swapped: the old caption": (crossed, truths),
+        "i2v: the reference": (make(silent, FIRST), truths),
+        "it2v: caption and reference": (make(captions, FIRST), truths),
+        "neither caption nor reference (chance)": (make(silent, NONE), truths),
     }
-    print(f"N = {args.count}, {args.steps} steps of {args.sampler}, scales {args.text_scale} / {args.image_scale}\n"
-          "| clips | colour % | shape % | motion % |\n|---|---|---|---|")
+    print(f"N = {len(real)}, {args.steps} steps of {args.sampler}, scales {args.text_scale:g} (text) and "
+          f"{args.image_scale:g} (image); % of clips that agree with ...\n| | {' | '.join(ATTRIBUTES)} |")
+    print("|---" * (1 + len(ATTRIBUTES)) + "|")
+    results = {}
     for name, (clips, wanted) in rows.items():
-        cells = [interval(mean(100 * hits, None), len(hits), args.draws) for hits in agreement(clips, wanted).values()]
-        print(f"| {name} | " + " | ".join(f"{value:.0f} ± {half:.0f}" for value, half in cells) + " |")
+        hits = agreement(clips, wanted)
+        row = {key: interval(mean(100 * hits[key], None), len(real), args.draws) for key in ATTRIBUTES}
+        print(f"| {name} | " + " | ".join(f"{value:.0f} ± {half:.0f}" for value, half in row.values()) + " |")
+        results[name] = row
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        save_sheet(Path(args.out) / "conditioning.png", real, none, {name: clips for name, (clips, _) in list(rows.items())[1:]})
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "conditioning.json").write_text(json.dumps(results, indent=1))
+        made = {name: clips for name, (clips, _) in rows.items() if clips is not real}
+        save_sheet(out / "conditioning.png", real, NONE, made)
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 def parser():
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True)
 
     def command(name, text):
-        p = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p = commands.add_parser(name, help=text, description=text, formatter_class=shown)
         p.add_argument("--draws", type=int, default=200, help="bootstrap draws for the intervals")
         p.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = as many as torch takes")
         return p
@@ -666,24 +706,24 @@ def parser():
         p.add_argument("--batch", type=int, default=8, help="stickers sampled at a time")
         p.add_argument("--steps", type=int, default=50, help="sampling steps")
         p.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm")
-        p.add_argument("--eta", type=float, default=1.0, help="noise of DDIM, 0 = deterministic, 1 = the paper's")
-        p.add_argument("--text-scale", type=float, default=7.5, help="guidance by the caption, 1 = none")
-        p.add_argument("--image-scale", type=float, default=7.5, help="guidance by the given frames, 1 = none")
+        p.add_argument("--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 the paper's")
+        p.add_argument("--text-scale", type=float, help="guidance by caption, 1 = none; unset: checkpoint's")
+        p.add_argument("--image-scale", type=float, help="guidance by given frames; unset: checkpoint's")
         p.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
 
     def data_flags(p):
-        p.add_argument("--data", required=True, help="prepared store of pixels, folder of stickers, or synthetic:COUNT")
-        p.add_argument("--size", type=int, default=64, help="side in pixels, for data that is not a prepared store")
-        p.add_argument("--count", type=int, default=64, help="N, held-out stickers (fewer if there are fewer)")
+        p.add_argument("--data", required=True, help="store of pixels, folder of stickers, or synthetic:N")
+        p.add_argument("--count", type=int, default=64, help="N held-out stickers, or all if fewer")
         p.add_argument("--seed", type=int, default=0, help="seed of the plan: which stickers are taken")
         p.add_argument("--networks", default=features.NETWORKS, help="folder that features.py fetch filled")
-        p.add_argument("--clip", default=None, help="folder of a Hugging Face CLIP, for CLIP similarity (none by default)")
+        p.add_argument("--i3d-dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: faster with AMX")
+        p.add_argument("--clip", help="folder of a Hugging Face CLIP, for CLIP similarity; unset: left out")
 
     p = command("run", "measure a checkpoint on held-out stickers in every mode")
     sampling(p)
     data_flags(p)
-    p.add_argument("--out", required=True, help="folder for results.json, results.md, plan.json, raw.npz and sheets")
-    p.add_argument("--plan", default=None, help="plan.json of an earlier run: the same stickers, masks and seeds")
+    p.add_argument("--out", required=True, help="folder for tables, plan, raw quantities and sheets")
+    p.add_argument("--plan", help="plan.json of an earlier run, for the same stickers; unset: a new one")
     p.add_argument("--modes", default=",".join(MODES), help="comma-separated modes")
 
     p = command("compare", "B - A of two runs with the same plan, paired over stickers")
@@ -691,20 +731,20 @@ def parser():
 
     p = command("validity", "check that every measure worsens with every distortion it claims to see")
     data_flags(p)
-    p.add_argument("--vae", default=None, help="our autoencoder, for the VAE-Frechet stand-in (none by default)")
+    p.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    p.add_argument("--vae", help="our autoencoder, for the VAE-Frechet stand-in; unset: left out")
 
     p = command("conditioning", "procedural set: read colour, shape and motion off what was generated")
     sampling(p)
-    p.add_argument("--size", type=int, default=64, help="side in pixels")
     p.add_argument("--count", type=int, default=64, help="stickers")
-    p.add_argument("--first", type=int, default=10 ** 6, help="index of the first procedural sticker (beyond the training ones)")
-    p.add_argument("--out", default=None, help="folder for a sheet (none by default)")
+    p.add_argument("--first", type=int, default=10 ** 6, help="index of the first sticker, beyond training's")
+    p.add_argument("--out", help="folder for a sheet and the figures as JSON; unset: none")
     return top
 
 
 def main(arguments=None):
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["--compare"]:                       # the short forms: --compare A B, and --ckpt ... for run
+    if arguments[:1] == ["--compare"]:   # the short forms: --compare A B, and --ckpt ... for run
         arguments[0] = "compare"
     elif arguments and arguments[0].startswith("--") and arguments[0] != "--help":
         arguments.insert(0, "run")
@@ -712,10 +752,11 @@ def main(arguments=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     unknown = set(getattr(args, "modes", "").split(",")) - set(MODES) - {""}
+    commands = {"run": run, "compare": compare, "validity": validity, "conditioning": conditioning}
     try:
         if unknown:
             raise DataError(f"--modes: unknown {', '.join(sorted(unknown))}; choose from {', '.join(MODES)}")
-        good = {"run": run, "compare": compare, "validity": validity, "conditioning": conditioning}[args.command](args)
+        good = commands[args.command](args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
