@@ -115,9 +115,13 @@ def _limit(path, frames, size):
 def _video_frames(path):
     try:
         import imageio
-        reader = imageio.get_reader(path, format="ffmpeg")
+        import imageio_ffmpeg  # noqa: F401
     except ImportError as error:
         raise DataError(f"{path}: reading video needs `pip install imageio-ffmpeg`") from error
+    try:
+        reader = imageio.get_reader(path, format="ffmpeg")
+    except Exception as error:             # its text is ffmpeg's whole banner
+        raise DataError(f"{path}: no readable video; replace or delete it") from error
     with reader:
         meta = reader.get_meta_data()
         _limit(path, 1, meta["size"])

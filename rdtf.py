@@ -35,9 +35,9 @@ class Config:
     size: int = 64                        # sticker edge, pixels
     frames: int = 8                       # F, frames of a clip (fixed: STI's detail branch has F channels)
     # DFGN
-    latent_channels: int = 4
-    widths: tuple = (64, 128, 192)        # channels per level; the last level has no attention
-    layers: int = 2                       # layers per down level; up levels have one more
+    latent_channels: int = 16
+    widths: tuple = (64, 128)             # channels per level; the last level has no attention
+    layers: int = 1                       # layers per down level; up levels have one more
     head_dim: int = 32
     context_dim: int = 128                # width of the text tokens
     temporal: str = "sti"                 # sti | conv3d (Table 3's ablation) | gated (the overview figure's fusion)
@@ -47,7 +47,7 @@ class Config:
     text_dims: tuple = ()
     # autoencoder
     vae_channels: int = 4                 # 4: premultiplied RGBA (ours), 3: RGB composited on white (SD type)
-    vae_patch: int = 2                    # pixels folded into channels at the entrance (1 for SD type): cheap first level
+    vae_patch: int = 4                    # pixels folded into channels at the entrance (1 for SD type): cheap first level
     vae_widths: tuple = (64, 128)         # one width per level, so f = vae_patch * 2^(levels - 1)
     vae_layers: int = 1
     vae_attention: bool = False
@@ -68,13 +68,13 @@ class Config:
 
 
 PRESETS = {
-    # 64 px RGBA, latents 4x16x16: the quickstart, the tests and the shipped checkpoint. A laptop CPU trains it.
+    # 64 px RGBA, latents 16x8x8: the quickstart, the tests and the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(text_scale=2.0, image_scale=1.0),
-    # 128 px RGBA, latents 4x32x32: one consumer GPU.
-    "base": dict(size=128, widths=(128, 256, 384, 512), head_dim=64, context_dim=512, text_layers=6,
+    # 128 px RGBA, latents 16x16x16: one consumer GPU.
+    "base": dict(size=128, widths=(192, 384, 576), layers=2, head_dim=64, context_dim=512, text_layers=6,
                  text_scale=5.0, image_scale=1.5),
     # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents, text 1024-d.
-    "paper": dict(size=256, widths=(320, 640, 1024, 1280), head_dim=64, context_dim=1024, text_dims=(1024, 768),
+    "paper": dict(size=256, latent_channels=4, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, context_dim=1024, text_dims=(1024, 768),
                   vae_channels=3, vae_patch=1, vae_widths=(128, 256, 512, 512), vae_layers=2, vae_attention=True),
 }
 
@@ -92,8 +92,14 @@ def timestep_embedding(t, dim):
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 
+def layout(x):
+    """Memory format of feature maps: channels-last on GPUs (tensor cores, and tokens are views); plain on CPUs, whose
+    channels-last GroupNorm is 5 to 40 times slower than the plain one (benchmarks/README.md)."""
+    return torch.channels_last if x.is_cuda else torch.contiguous_format
+
+
 def tokens(x):
-    """(b t) c h w -> (b t) (h w) c: a view, because feature maps are channels-last."""
+    """(b t) c h w -> (b t) (h w) c: a view of channels-last memory."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -117,6 +123,17 @@ class ResBlock(nn.Module):
         e = self.time(emb).to(h.dtype).repeat_interleave(h.shape[0] // emb.shape[0], 0)
         h = self.conv2(F.silu(self.norm2(h + e[:, :, None, None])))
         return self.skip(x) + h
+
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v over b heads n d. No mask anywhere, so that flash kernels apply.
+
+    Training on a CPU is the exception: the backward of its flash kernel takes 2 to 4 times as long as plain matmuls in bf16
+    and for 8 tokens (benchmarks/README.md).
+    """
+    if q.device.type == "cpu" and q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] <= 16):
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -145,8 +162,7 @@ class Attention(nn.Module):
             q, k, v = self.split(self.q(x), 3)
         else:
             (q,), (k, v) = self.split(self.q(x), 1), kv
-        y = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype))  # no mask anywhere: flash kernels apply
-        return self.out(y.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k.to(q.dtype), v.to(q.dtype)).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -247,12 +263,11 @@ class Detail(nn.Module):
 
     def forward(self, x):
         c = x.shape[1]
-        # (b c) t h w with t innermost in memory: 8 channels-last channels is what convolution kernels like
-        d = rearrange(x, "(b t) c h w -> (b c) h w t", t=self.frames).contiguous().permute(0, 3, 1, 2)
+        d = rearrange(x, "(b t) c h w -> (b c) t h w", t=self.frames).contiguous(memory_format=layout(x))
         for i in (0, 2):
             r = self.convs[i](F.silu(self.norms[i](d)))
             d = d + self.convs[i + 1](F.silu(self.norms[i + 1](r)))
-        return rearrange(d, "(b c) t h w -> (b t) c h w", c=c).contiguous(memory_format=torch.channels_last)
+        return rearrange(d, "(b c) t h w -> (b t) c h w", c=c).contiguous(memory_format=layout(x))
 
 
 class STI(nn.Module):
@@ -407,7 +422,6 @@ class DFGN(nn.Module):
             self.up.append(nn.ModuleDict({"layers": nn.ModuleList(layers), **({"scale": Upsample(w)} if i else {})}))
         self.norm_out, self.conv_out = nn.GroupNorm(32, ws[0], eps=1e-5), nn.Conv2d(ws[0], c, 3, padding=1)
         self.init_weights()
-        self.to(memory_format=torch.channels_last)
 
     def init_weights(self):
         """PyTorch's defaults, but every residual branch ends in zeros, so that each starts as the identity, and so does
@@ -438,7 +452,7 @@ class DFGN(nn.Module):
             given = cond_mask if frame_mask is None else cond_mask & frame_mask
         if given is not None:                                               # where, not *: NaN * 0 is NaN
             cond = torch.where(given[:, :, None, None, None], cond, 0)
-        features = self.condition_encoder(cond.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        features = self.condition_encoder(cond.flatten(0, 1).contiguous(memory_format=layout(cond)))
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
         return Condition(features, kv, frame_mask)
 
@@ -450,7 +464,7 @@ class DFGN(nn.Module):
             x = torch.where(condition.frame_mask[:, :, None, None, None], x, 0)
         b, f = x.shape[:2]
         x = x.flatten(0, 1)                                                 # (b t) c h w
-        x = torch.cat([x, condition.features.to(x.dtype)], 1).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([x, condition.features.to(x.dtype)], 1).contiguous(memory_format=layout(x))
         x = self.run(self.transformer_in, self.conv_in(x))                  # (b t) w0 h w
         skips, kv = [x], iter(condition.kv)
         for stage in self.down:
@@ -680,6 +694,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        self.settings = {k: v for k, v in asdict(cfg).items() if k.startswith("vae_")}
         self.f, self.patch, self.channels, self.latent_channels = cfg.f, cfg.vae_patch, cfg.vae_channels, cfg.latent_channels
         args = (cfg.vae_channels * cfg.vae_patch ** 2, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention, cfg.latent_channels)
         self.encoder, self.decoder = VAEEncoder(*args), VAEDecoder(*args)

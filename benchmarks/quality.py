@@ -336,8 +336,8 @@ def make_plan(stickers, count, seed):
     items = choose(stickers, "held_out", count, rng)
     others = choose(stickers, "train", len(items), rng, [without_tone(stickers.caption(i)) for i in items])
     if len(items) < 8 or len(others) < len(items):
-        raise DataError(f"--data: {len(items)} held-out stickers of 8 distinct frames, {len(others)} others to "
-                        "compare with; at least 8 of each are needed")
+        raise DataError(f"--data: {len(items)} held-out stickers of 8 distinct frames, {len(others)} others; "
+                        "at least 8 of each are needed")
     return {"data": stickers.meta.get("fingerprint"), "size": int(stickers.size), "plan_seed": seed,
             "items": items, "names": [stickers.name(i) for i in items],
             "captions": [without_tone(stickers.caption(i)) for i in items],
@@ -486,7 +486,8 @@ def report(results):
     plan, settings = results["plan"], results["settings"]
     lines = [f"N = {len(plan['items'])} held-out stickers of {plan['size']} px, 8 frames; "
              f"{settings['steps']} steps of {settings['sampler']}, eta {settings['eta']}, scales "
-             f"{settings['text_scale']} (text) and {settings['image_scale']} (image); value ± half of the 95 % bootstrap interval; per-pixel "
+             f"{settings['text_scale']} (text) and {settings['image_scale']} (image); "
+             "value ± half of the 95 % bootstrap interval; per-pixel "
              "measures on the made frames only.", ""]
     return "\n".join(lines + [markdown(mode, table) for mode, table in results["modes"].items()])
 
@@ -618,7 +619,8 @@ def validity(args):
             holds = monotone(measure, curve)
             good &= holds
             cells = [f"{value:.{MEASURES[measure][4]}f}" for value in curve] + ["yes" if holds else "NO"]
-            print(f"| {measure} | {kind} {DISTORTIONS[kind][1]} | {against} | {' | '.join(cells)} |", flush=True)
+            name = f"{kind} {DISTORTIONS[kind][1]}"
+            print("| " + " | ".join([measure, name, against, *cells]) + " |", flush=True)
     return good
 
 
