@@ -61,7 +61,7 @@ def make_masks(task, n, frames=8, at=None, rng=None):
         raise ValueError(f"task {task}: needs a clip of at least 2 frames")
     options = choices(task, n)
     if at is None:
-        at = options[int(rng.integers(len(options)))]
+        at = options[int(rng.integers(len(options)))] if len(options) > 1 else options[0]
     elif at not in options:
         raise ValueError(f"task {task} with {n} frames: choice {at} is not in {options.start}..{options.stop - 1}")
     if task == "t2v":

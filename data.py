@@ -26,6 +26,7 @@ import multiprocessing.connection
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -132,30 +133,80 @@ def _video_frames(path):
 
 def _image_frames(path):
     with Image.open(path, formats=IMAGES) as image:
-        _limit(path, 1, image.size)
-        kind, size = image.format, image.size
-        # A GIF's n_frames is found by walking through it, for minutes if it is made so: stop at its end instead.
-        count = MAX_FRAMES + 1 if kind == "GIF" else getattr(image, "n_frames", 1)
-        if kind != "GIF":
-            _limit(path, count, size)
-        start = int(kind == "PNG" and count > 1 and bool(image.info.get("default_image")))   # a fallback, no frame
+        count, size = getattr(image, "n_frames", 1), image.size
+        _limit(path, count, size)
+        start = int(image.format == "PNG" and count > 1 and bool(image.info.get("default_image")))    # a fallback, no frame
         for i in range(start, count):
             try:
                 image.seek(i)
                 image.load()               # WebP knows a frame's duration only after load()
-                frame = _rgba(ImageOps.exif_transpose(image) if kind == "JPEG" else image)
+                frame = _rgba(ImageOps.exif_transpose(image) if image.format == "JPEG" else image)
             except Exception as error:
-                if kind == "GIF" and isinstance(error, EOFError) and i:
-                    return
-                raise DataError(f"{path}: damaged at frame {i} ({_reason(error, path)}); replace or delete it") from error
-            _limit(path, i + 1, size)
-            if kind != "JPEG" and frame.size != size:
-                canvas = Image.new("RGBA", size)
-                canvas.paste(frame)
-                frame = canvas
-            duration = float(image.info.get("duration") or 0)
-            duration = round(duration) if 0 < duration < 1e6 else 0
-            yield frame, duration or (100 if getattr(image, "is_animated", False) else 0)    # 0: browsers take 100 ms
+                raise DataError(f"{path}: damaged at frame {i} of {count} ({_reason(error, path)}); "
+                                f"replace or delete it") from error
+            yield frame, _duration(image.info.get("duration"), count)
+
+
+def _duration(ms, count):
+    """Browsers play frames without a time for 100 ms; a static picture has none."""
+    ms = float(ms or 0)
+    return round(ms) if 0 < ms < 1e6 else 100 * (count > 1)
+
+
+def _gif_frames(path):
+    """Pillow decodes, but we compose: Pillow 13 disposes of opaque frames to the background colour and keeps a frame's
+    disposal for later ones that ask for none; browsers clear to transparent, and so does every sticker's author."""
+    data = Path(path).read_bytes()
+    w, h, flags = struct.unpack_from("<HHB", data, 6)
+    _limit(path, 1, (w, h))
+    shared, at = (data[13:13 + (6 << (flags & 7))], 13 + (6 << (flags & 7))) if flags & 128 else (b"", 13)
+    grey = np.arange(256, dtype=np.uint8).repeat(3).tobytes()          # without any palette
+    canvas, frames, control = np.zeros((h, w, 4), np.uint8), 0, (0, 0, 0)
+    while at < len(data) and data[at] != 0x3B:
+        kind, first = data[at], at
+        if kind == 0x21:                                               # extension; F9: how to show the next frame
+            if data[at + 1] == 0xF9:
+                control = struct.unpack_from("<BHB", data, at + 3)
+            at += 2
+        elif kind == 0x2C:                                             # a frame
+            x, y, fw, fh, flags = struct.unpack_from("<HHHHB", data, at + 1)
+            _limit(path, frames + 1, (max(w, fw), max(h, fh)))
+            local = data[at + 10:at + 10 + (6 << (flags & 7))] if flags & 128 else b""
+            at += 11 + len(local)
+        elif kind == 0:                                                # padding that some writers leave
+            at += 1
+            continue
+        else:
+            raise DataError(f"{path}: damaged after frame {frames}; replace or delete it")
+        while (length := data[at]):
+            at += 1 + length
+        at += 1
+        if kind == 0x21 or not fw * fh:
+            continue
+        palette = local or shared or grey
+        size = max(len(palette) // 3 - 1, 1).bit_length() - 1
+        alone = struct.pack("<6sHHBBB", b"GIF89a", fw, fh, 0x80 | size, 0, 0) + palette + \
+            struct.pack("<BHHHHB", 0x2C, 0, 0, fw, fh, flags & 0x40) + data[first + 10 + len(local):at] + b";"
+        try:
+            indices = np.asarray(Image.open(io.BytesIO(alone), formats=("GIF",)))[:max(0, h - y), :max(0, w - x)]
+        except Exception as error:
+            raise DataError(f"{path}: damaged at frame {frames} ({_reason(error, path)}); replace or delete it") from error
+        colours = np.zeros((256, 4), np.uint8)
+        colours[:len(palette) // 3, :3] = np.frombuffer(palette, np.uint8).reshape(-1, 3)
+        colours[:, 3] = 255
+        how, delay, clear = control
+        seen = indices != clear if how & 1 else np.ones(indices.shape, bool)
+        before = canvas.copy()
+        region = canvas[y:y + fh, x:x + fw]
+        region[seen] = colours[indices[seen]]
+        yield Image.fromarray(canvas.copy()), _duration(10 * delay, 2)
+        frames, control, how = frames + 1, (0, 0, 0), how >> 2 & 7
+        if how == 2:
+            region[:] = 0
+        elif how == 3:
+            canvas = before
+    if not frames:
+        raise DataError(f"{path}: holds no frame; delete it")
 
 
 def _reason(error, path):
@@ -175,8 +226,10 @@ def iter_frames(path):
             head = file.read(12)
         if not head:
             raise DataError(f"{path}: empty file; delete it")
-        video = head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"      # MP4, WebM: what is inside counts, not the name
-        yield from _video_frames(path) if video else _image_frames(path)
+        if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":          # MP4, WebM: what is inside counts, not the name
+            yield from _video_frames(path)
+        else:
+            yield from _gif_frames(path) if head[:3] == b"GIF" else _image_frames(path)
     except DataError:
         raise
     except Exception as error:        # decoders raise nearly everything on damaged bytes; it all means the same here
@@ -232,7 +285,7 @@ def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, m
     if len(data) > limit:
         while len(data := encode(levels[-1], step)) > limit:       # how many frames can stay,
             step *= 2
-            if step >= 2 * len(frames) or suffix == ".png":
+            if len(frames) < 1.5 * step or suffix == ".png":        # two frames are the least that moves
                 raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting; raise --max-kb {max_kb:g} "
                                 f"or lower --size")
         fits = functools.lru_cache(None)(lambda level: len(encode(level, step)) <= limit)
@@ -390,7 +443,7 @@ PALETTE = {"red": (225, 40, 45), "orange": (245, 135, 25), "yellow": (250, 215, 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "moon")
 MOTIONS = {"bounce": "bouncing", "spin": "spinning", "pulse": "pulsing", "shake": "shaking", "blink": "blinking",
            "orbit": "orbiting"}
-RADIUS = {"small": 0.17, "big": 0.28}     # of the picture's side
+RADIUS = {"small": 0.15, "big": 0.25}     # of the picture's side
 
 
 @functools.lru_cache(None)
@@ -444,8 +497,8 @@ def synthetic_sticker(index, size=64):
     still = rng.random() < 0.1
     motion = "still" if still else str(rng.choice(list(MOTIONS)))
     t = 1 if still else min(40, 4 + int(rng.exponential(9)))
-    radius, way, centre = RADIUS[scale] * rng.uniform(0.92, 1.08), rng.choice([-1, 1]), 0.5 + rng.uniform(-0.05, 0.05, 2)
-    tilt, amplitude = rng.uniform(-0.2, 0.2), min(0.2, 0.46 - 1.2 * RADIUS[scale])
+    radius, way, centre = RADIUS[scale] * rng.uniform(0.95, 1.05), rng.choice([-1, 1]), 0.5 + rng.uniform(-0.02, 0.02, 2)
+    tilt, amplitude = rng.uniform(-0.2, 0.2), {"small": 0.2, "big": 0.13}[scale]
     frames = []
     for i in range(t):
         wave = 2 * np.pi * (i + 0.25) / t      # the way back shows other frames than the way there
@@ -459,7 +512,7 @@ def synthetic_sticker(index, size=64):
         elif motion == "spin":
             angle += way * wave
         elif motion == "pulse":
-            r *= 1 + 0.3 * np.cos(wave)
+            r *= 1 + 0.25 * np.cos(wave)
         elif motion == "blink":
             opacity = 0.6 + 0.4 * np.cos(wave)
         frames.append(_draw_frame(size, shape, PALETTE[colour], place, r, angle, opacity))
