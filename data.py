@@ -210,6 +210,8 @@ def _gif_frames(path):
 
 
 def _reason(error, path):
+    if isinstance(error, (struct.error, IndexError)):
+        return "it ends too early"
     text = " ".join(str(error).split()).replace(repr(str(path)), "").replace(str(path), "").strip(" :'")
     return text[:120] or type(error).__name__
 
@@ -239,11 +241,12 @@ def iter_frames(path):
 def read_sticker(path):
     """Reads GIF, WebP, APNG, PNG, JPEG, and MP4 or WebM (without alpha) if imageio-ffmpeg is installed.
 
-    Returns (frames uint8 (t, h, w, 4) straight RGBA, durations: t ints in ms, [0] for a static picture). Equal frames that
-    the writer merged stay one frame of longer duration. Raises DataError if a frame is damaged or a limit (MAX_*) is passed.
+    Returns (frames uint8 (t, h, w, 4) straight RGBA, durations: t ints in ms, [0] for a static picture). Colour under alpha 0
+    is 0. Equal frames that the writer merged stay one frame of longer duration. Raises DataError if a frame is damaged or a limit (MAX_*) is passed.
     """
     frames, durations = zip(*((np.asarray(frame), duration) for frame, duration in iter_frames(path)))
-    return np.stack(frames), list(durations)
+    frames = np.stack(frames)
+    return np.where(frames[..., 3:] > 0, frames, 0), list(durations)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -354,9 +357,9 @@ def _palette(colours, count):
     strip = Image.fromarray(colours[::len(colours) // 200_000 + 1][None]).quantize(count, Image.Quantize.MEDIANCUT)
     found = np.array(strip.getpalette(), np.uint8).reshape(-1, 3)[:count].astype(np.float32)
     palette[:len(found)] = found
-    bins = np.arange(1 << 18)
-    grid = np.stack([bins >> 12, bins >> 6 & 63, bins & 63], -1).astype(np.float32) * 4 + 2       # 6 bits a channel
-    nearest = np.concatenate([((found ** 2).sum(1) - 2 * x @ found.T).argmin(1) for x in np.array_split(grid, 16)])
+    bins, nearest = np.unique(pack(colours, 6)), np.zeros(1 << 18, np.uint8)                      # 6 bits a channel
+    grid = np.stack([bins >> 12, bins >> 6 & 63, bins & 63], -1).astype(np.float32) * 4 + 2
+    nearest[bins] = np.concatenate([((found ** 2).sum(1) - 2 * x @ found.T).argmin(1) for x in np.array_split(grid, 16)])
     return palette, lambda x: nearest[pack(x, 6)]
 
 
@@ -689,6 +692,7 @@ def decode_item(path, size, filters=FILTERS):
 
 def _worker(work, pipe):
     try:
+        pipe.send("ready")
         while True:
             pipe.send(work(pipe.recv()))
     except (EOFError, OSError, KeyboardInterrupt):
@@ -705,17 +709,19 @@ def in_order(work, items, workers, timeout=120):
         yield from map(work, items)
         return
     context = multiprocessing.get_context("spawn")       # fork is unsafe once torch has threads
+    todo, idle, busy, done, position = enumerate(items), [], {}, {}, 0      # busy: pipe -> (number, process, since)
 
     def start():
         ours, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(work, theirs), daemon=True)
         process.start()
         theirs.close()
-        return process, ours
-    todo, idle, busy, done, position = enumerate(items), [start() for _ in range(workers)], {}, {}, 0
+        busy[ours] = (None, process, math.inf)           # until it is ready
     task = next(todo, None)
     try:
-        while task or busy or done:
+        for _ in range(workers):
+            start()
+        while task or done or any(number is not None for number, _, _ in busy.values()):
             while task and idle and task[0] < position + 8 * workers:
                 process, pipe = idle.pop()
                 pipe.send(task[1])
@@ -724,17 +730,22 @@ def in_order(work, items, workers, timeout=120):
             for pipe in multiprocessing.connection.wait(list(busy), 1) if busy else ():
                 number, process, _ = busy.pop(pipe)
                 try:
-                    done[number] = pipe.recv()
-                except (EOFError, OSError):
+                    result = pipe.recv()
+                except (EOFError, OSError) as error:
                     process.join(5)
+                    if number is None:
+                        raise DataError("--workers: the decoding processes do not start; use --workers 0") from error
                     done[number] = ("unreadable", f"the decoder crashed (exit {process.exitcode}); replace or delete it")
-                    process, pipe = start()
+                    start()
+                    continue
                 idle.append((process, pipe))
+                if number is not None:
+                    done[number] = result
             for pipe in [p for p, (_, _, since) in busy.items() if time.monotonic() - since > timeout]:
                 number, process, _ = busy.pop(pipe)
                 process.kill()
                 done[number] = ("unreadable", f"took over {timeout:g} s; replace or delete it")
-                idle.append(start())
+                start()
             while position in done:
                 yield done.pop(position)
                 position += 1
