@@ -270,6 +270,42 @@ def test_run_and_compare_end_to_end(tmp_path, monkeypatch, capsys):
     assert quality.main(["compare", str(tmp_path / "nothing.json"), result_a]) == 2
 
 
+# ---------------------------------------------------------------------------------------------- conditioning
+
+def test_attributes_are_read_off_imperfect_clips():
+    clips, _, truths = quality.procedural(24, 2 * 10 ** 6, 32)
+    rng = np.random.default_rng(0)
+    for kind, made, least in (("true", clips, 1.0), ("noisy", quality.add_noise(clips, 0.08, rng), 0.95),
+                              ("blurred", quality.blur(clips, 0.7, rng), 0.95)):
+        for name, hits in quality.agreement(made, truths).items():
+            assert hits.mean() >= least, (kind, name)
+    frozen = quality.agreement(quality.freeze(clips, 7, rng), truths)
+    assert frozen["motion"].mean() == 0 and frozen["colour"].mean() == 1 and frozen["shape"].mean() > 0.95
+    assert not any(hits.any() for hits in quality.agreement(clips * 0, truths).values())     # nothing visible
+
+
+def test_conditioning_command_tells_an_obedient_model_from_a_deaf_one(monkeypatch, capsys):
+    clips, captions, _ = quality.procedural(12, 10 ** 6, 32)
+    answer = dict(zip(captions, torch.from_numpy(clips).permute(0, 1, 4, 2, 3)))
+
+    def table(deaf):
+        def sample_clips(model, captions, frames, cond_mask, frame_mask, *, seeds, **settings):
+            always = next(iter(answer.values()))
+            return torch.stack([always if deaf or not caption else answer[caption] for caption in captions])
+        sampler = fake_sampler(0)
+        sampler.sample_clips = sample_clips
+        monkeypatch.setitem(sys.modules, "sample", sampler)
+        assert quality.main(["conditioning", "--ckpt", "x", "--count", "12", "--draws", "5"]) == 0
+        lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "±" in line]
+        return {line[1].strip(): [float(cell.split("±")[0]) for cell in line[2:6]] for line in lines}
+
+    obedient, deaf = table(False), table(True)
+    assert min(obedient["the reader, on real clips"]) == min(obedient["t2v: the caption"]) == 100
+    assert min(obedient["t2v, captions swapped: the caption given"]) == 100
+    assert max(obedient["t2v, captions swapped: the old caption"]) < 70
+    assert max(deaf["t2v: the caption"][:3]) < 60
+
+
 # ------------------------------------------------------------------------------------------- feature networks
 
 class Malicious:
