@@ -542,9 +542,9 @@ def _farthest(gram, chosen):
 
 
 def _k_means(gram, k):
-    """Gram matrix (t, t) -> labels (t,). Deterministic: Lloyd's iterations from two starts (equal parts in time; each
+    """Gram matrix (t, t) -> (labels (t,), squared distance (t,) to the own centre). Deterministic: Lloyd's iterations from two starts (equal parts in time; each
     next centre the frame farthest from the others), the tighter result wins. On the Gram matrix an iteration costs t*t*k."""
-    t, norm, centres, best = len(gram), np.diag(gram), [0], (np.inf, None)
+    t, norm, centres, best = len(gram), np.diag(gram), [0], (np.inf,)
     while len(centres) < k:
         centres.append(int(_farthest(gram, centres).argmax()))
     for labels in (np.arange(t) * k // t, np.argmin(norm[centres] - 2 * gram[:, centres], 1)):
@@ -557,17 +557,18 @@ def _k_means(gram, k):
             labels, before = distance.argmin(1), labels
             if (labels == before).all():
                 break
-        spread = distance.min(1).sum()
-        if spread < best[0] - 1e-9:
-            best = (spread, labels)
-    return best[1]
+        near = distance.min(1)
+        if near.sum() < best[0] - 1e-9:
+            best = (near.sum(), labels, near)
+    return best[1:]
 
 
-def find_keyframes(frames):
+def find_keyframes(frames, pick="first"):
     """Premultiplied uint8 RGBA (t, h, w, 4) -> int16 (6, 8): row k - 3 is the k-frame clip, indices increasing, -1 after.
 
-    k-means over the frames, then the first frame of each cluster in time (authors' release). Frames that look the same
-    count once, so a row has min(k, distinct frames) entries.
+    k-means over the frames, then the first frame of each cluster in time (authors' release); pick="centre" takes the one
+    nearest to its cluster's mean instead, which covers a sticker better (ours; measured in benchmarks/data.py). Frames that
+    look the same count once, so a row has min(k, distinct frames) entries.
     """
     x = frame_features(frames)
     seen = {}
@@ -578,8 +579,9 @@ def find_keyframes(frames):
         if len(distinct) <= k:
             chosen = distinct
         else:
-            labels = _k_means(gram, k)
-            chosen = sorted(np.flatnonzero(labels == c)[0] for c in np.unique(labels))
+            labels, near = _k_means(gram, k)
+            members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+            chosen = sorted(m[0] if pick == "first" else m[near[m].argmin()] for m in members)
             while len(chosen) < k:     # a cluster died: take the frame farthest from the chosen ones
                 distance = _farthest(gram, chosen)
                 distance[np.isin(same, same[chosen])] = -1
