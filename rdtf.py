@@ -1,15 +1,18 @@
-"""RDTF: few-frame video diffusion for animated stickers, trained from scratch on few resources (arXiv 2503.17735).
+"""RDTF: few-frame video diffusion for animated stickers, trained from scratch on few resources (arXiv
+2503.17735).
 
-This file is the model, read top to bottom: configuration -> layers -> DFGN (the denoising network) -> text encoders
--> AutoencoderKL -> diffusion (noise schedule, loss, guidance, samplers). The two ideas about *data*, dual masks and the
-curriculum, are in curriculum.py; stickers come from data.py; `python train.py` trains and `python sample.py` samples.
+This file is the model, read top to bottom: configuration -> layers -> DFGN (the denoising network) -> text
+encoders -> AutoencoderKL -> diffusion (noise schedule, loss, guidance, samplers). The two ideas about *data*,
+dual masks and the curriculum, are in curriculum.py; stickers come from data.py; `python train.py` trains and
+`python sample.py` samples.
 
-Axis letters: b clip, t frame, c channel, h w rows and columns, n tokens, d width. A clip is (b, t, c, h, w) at every
-public function. Inside the network frames are folded into the batch, `(b t) c h w` in channels-last memory, so that
-"(b t) (h w) c" tokens and "b (t h) w c" clips are views of the same storage and only mixing over time has to copy.
+Axis letters: b clip, t frame, c channel, h w rows and columns, n tokens, d width. A clip is (b, t, c, h, w)
+at every public function. Inside the network frames are folded into the batch, `(b t) c h w` in channels-last
+memory, so that "(b t) (h w) c" tokens and "b (t h) w c" clips are views of the same storage and only mixing
+over time has to copy.
 
-Sources are cited as in the docstrings below: "Table N" / "eq." of the paper, "release" for the authors' code, "ours"
-for decisions of this project where both are silent.
+Sources are cited as in the docstrings below: "Table N" / "eq." of the paper, "release" for the authors' code,
+"ours" for decisions of this project where both are silent.
 """
 
 import hashlib
@@ -24,13 +27,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Configuration
 
 
 @dataclass
 class Config:
-    """Everything that rebuilds the model; saved as a plain dict in every checkpoint. Defaults are the preset `tiny`."""
+    """Everything that rebuilds the model; saved as a plain dict in every checkpoint. Defaults are the preset
+    `tiny`.
+    """
 
     size: int = 64                        # sticker edge, pixels
     frames: int = 8                       # F, frames of a clip (fixed: STI's detail branch has F channels)
@@ -40,14 +45,14 @@ class Config:
     layers: int = 1                       # layers per down level; up levels have one more
     head_dim: int = 32
     context_dim: int = 128                # width of the text tokens
-    temporal: str = "sti"                 # sti | conv3d (Table 3's ablation) | gated (the overview figure's fusion)
+    temporal: str = "sti"                 # sti | conv3d (Table 3's ablation) | gated (the overview figure)
     # text: a byte transformer trained with the network, unless text_dims names the widths of frozen encoders
     text_layers: int = 3
     text_bytes: int = 64
     text_dims: tuple = ()
     # autoencoder
     vae_channels: int = 4                 # 4: premultiplied RGBA (ours), 3: RGB composited on white (SD type)
-    vae_patch: int = 4                    # pixels folded into channels at the entrance (1 for SD type): cheap first level
+    vae_patch: int = 4                    # pixels folded into channels at the entrance (1: SD type)
     vae_widths: tuple = (64, 128)         # one width per level, so f = vae_patch * 2^(levels - 1)
     vae_layers: int = 1
     vae_attention: bool = False
@@ -68,17 +73,20 @@ class Config:
 
 
 PRESETS = {
-    # 64 px RGBA, latents 16x8x8: the quickstart, the tests and the shipped checkpoint. A laptop CPU trains it.
+    # 64 px RGBA, latents 16x8x8: the quickstart, the tests and the shipped checkpoint. A laptop CPU trains
+    # it.
     "tiny": dict(text_scale=2.0, image_scale=1.0),
     # 128 px RGBA, latents 16x16x16: one consumer GPU.
     "base": dict(size=128, widths=(192, 384, 576), layers=2, head_dim=64, context_dim=512, text_layers=6,
                  text_scale=5.0, image_scale=1.5),
-    # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents, text 1024-d.
-    "paper": dict(size=256, latent_channels=4, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, context_dim=1024, text_dims=(1024, 768),
-                  vae_channels=3, vae_patch=1, vae_widths=(128, 256, 512, 512), vae_layers=2, vae_attention=True),
+    # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents, text
+    # 1024-d.
+    "paper": dict(size=256, latent_channels=4, widths=(320, 640, 1024, 1280), layers=2, head_dim=64,
+                  context_dim=1024, text_dims=(1024, 768), vae_channels=3, vae_patch=1,
+                  vae_widths=(128, 256, 512, 512), vae_layers=2, vae_attention=True),
 }
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Layers. Every one takes and returns `(b t) c h w` feature maps unless its docstring says otherwise.
 
 
@@ -87,14 +95,15 @@ def timestep_embedding(t, dim):
 
     Always fp32: in bf16 only 507 of the 1000 steps stay distinct.
     """
-    freqs = torch.exp(-math.log(10000.0) / (dim // 2) * torch.arange(dim // 2, device=t.device, dtype=torch.float32))
+    i = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    freqs = torch.exp(-math.log(10000.0) / (dim // 2) * i)
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 
 def layout(x):
-    """Memory format of feature maps: channels-last on GPUs (tensor cores, and tokens are views); plain on CPUs, whose
-    channels-last GroupNorm is 5 to 40 times slower than the plain one (benchmarks/README.md)."""
+    """Memory format of feature maps: channels-last on GPUs (tensor cores, and tokens are views); plain on
+    CPUs, whose channels-last GroupNorm is 5 to 40 times slower than the plain one (benchmarks/README.md)."""
     return torch.channels_last if x.is_cuda else torch.contiguous_format
 
 
@@ -128,8 +137,8 @@ class ResBlock(nn.Module):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v over b heads n d. No mask anywhere, so that flash kernels apply.
 
-    Training on a CPU is the exception: the backward of its flash kernel takes 2 to 4 times as long as plain matmuls in bf16
-    and for 8 tokens (benchmarks/README.md).
+    Training on a CPU is the exception: the backward of its flash kernel takes 2 to 4 times as long as plain
+    matmuls in bf16 and for 8 tokens (benchmarks/README.md).
     """
     if q.device.type == "cpu" and q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] <= 16):
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
@@ -139,8 +148,8 @@ def attend(q, k, v):
 class Attention(nn.Module):
     """Multi-head attention with one fused projection; q, k, v without bias, output with (release).
 
-    context_dim = 0: self-attention. Otherwise keys and values come from `project_context`, computed by the caller, once
-    per clip (all frames share them) and, when sampling, once for all steps.
+    context_dim = 0: self-attention. Otherwise keys and values come from `project_context`, computed by the
+    caller, once per clip (all frames share them) and, when sampling, once for all steps.
     """
 
     def __init__(self, dim, heads, head_dim, context_dim=0):
@@ -178,7 +187,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """LN attention, LN attention, LN feed-forward, each residual. The 2nd attention reads `kv` or is another self-attention."""
+    """LN attention, LN attention, LN feed-forward, each residual. The 2nd attention reads `kv` or is another
+    self-attention.
+    """
 
     def __init__(self, dim, heads, head_dim, context_dim=0):
         super().__init__()
@@ -227,16 +238,18 @@ class TemporalTransformer(nn.Module):
         clip = rearrange(x, "(b t) c h w -> b c (t h) w", t=t)              # a view; GN over (c/32, t, h, w)
         y = rearrange(self.norm(clip), "b c (t n) w -> (b n w) t c", t=t)   # the one copy in ...
         y = self.proj_out(self.block(self.proj_in(y)))                      # (b h w) t c
-        return x + rearrange(y, "(b h w) t c -> (b t) c h w", h=h, w=w)     # ... and the one copy out, in the sum
+        return x + rearrange(y, "(b h w) t c -> (b t) c h w", h=h, w=w)   # ... and one copy out
 
 
 # -- mixing neighbouring frames: one of these three stands behind every ResBlock
 
 
 class Semantic(nn.Module):
-    """STI's semantic branch: every 2x2-pooled position of every frame attends to all others (release, Table 6).
+    """STI's semantic branch: every 2x2-pooled position of every frame attends to all others (release, Table
+    6).
 
-    Entities jump between discrete frames, so what a pixel needs from another frame is seldom at the same pixel.
+    Entities jump between discrete frames, so what a pixel needs from another frame is seldom at the same
+    pixel.
     """
 
     def __init__(self, c, frames):
@@ -250,9 +263,11 @@ class Semantic(nn.Module):
 
 
 class Detail(nn.Module):
-    """STI's detail branch: the t frames are the CHANNELS of a map, every feature channel its own map (release).
+    """STI's detail branch: the t frames are the CHANNELS of a map, every feature channel its own map
+    (release).
 
-    About 2.4 k weights shared by all feature channels. It is the only place where the order of frames is known.
+    About 2.4 k weights shared by all feature channels. It is the only place where the order of frames is
+    known.
     """
 
     def __init__(self, frames):
@@ -271,7 +286,9 @@ class Detail(nn.Module):
 
 
 class STI(nn.Module):
-    """Spatio-temporal interaction layer: GN(w1 * semantic + w2 * detail), w starts at (0, 1); no outer residual (release)."""
+    """Spatio-temporal interaction layer: GN(w1 * semantic + w2 * detail), w starts at (0, 1); no outer
+    residual (release).
+    """
 
     def __init__(self, c, frames):
         super().__init__()
@@ -284,7 +301,9 @@ class STI(nn.Module):
 
 
 class GatedSTI(nn.Module):
-    """The overview figure's fusion: an MLP on both pooled branches gives the two gates of each clip (sizes are ours)."""
+    """The overview figure's fusion: an MLP on both pooled branches gives the two gates of each clip (sizes
+    are ours).
+    """
 
     def __init__(self, c, frames):
         super().__init__()
@@ -295,14 +314,17 @@ class GatedSTI(nn.Module):
     def forward(self, x):
         s, d = self.semantic(x), self.detail(x)
         pooled = rearrange(torch.cat([s, d], 1), "(b t) c h w -> b c (t h w)", t=self.frames).mean(-1)
-        g = self.gate(pooled).softmax(-1).to(x.dtype).repeat_interleave(self.frames, 0)[:, :, None, None, None]
+        g = self.gate(pooled).softmax(-1).to(x.dtype).repeat_interleave(self.frames, 0)     # (b t) 2
+        g = g[:, :, None, None, None]
         return self.norm(g[:, 0] * s + g[:, 1] * d)
 
 
 class TemporalConv(nn.Module):
-    """Table 3's "DFGN(3D-Conv)": x + 4 x [GN, SiLU, temporal conv (3,1,1)], the last conv starts at zero (release).
+    """Table 3's "DFGN(3D-Conv)": x + 4 x [GN, SiLU, temporal conv (3,1,1)], the last conv starts at zero
+    (release).
 
-    The (3,1,1) convolution is written as a 2-D one over (t, h*w): Conv3d in bf16 is slow and hungry on every backend.
+    The (3,1,1) convolution is written as a 2-D one over (t, h*w): Conv3d in bf16 is slow and hungry on every
+    backend.
     """
 
     def __init__(self, c, frames):
@@ -329,8 +351,10 @@ class Layer(nn.Module):
         super().__init__()
         self.res = ResBlock(c_in, c_out, 4 * cfg.widths[0])
         self.mix = MIXERS[cfg.temporal](c_out, cfg.frames)
-        self.spatial = SpatialTransformer(c_out, cfg.head_dim, cfg.context_dim) if attention else None
-        self.temporal = TemporalTransformer(c_out, c_out // cfg.head_dim, cfg.head_dim, cfg.frames) if attention else None
+        self.spatial = self.temporal = None
+        if attention:
+            self.spatial = SpatialTransformer(c_out, cfg.head_dim, cfg.context_dim)
+            self.temporal = TemporalTransformer(c_out, c_out // cfg.head_dim, cfg.head_dim, cfg.frames)
 
     def forward(self, x, emb, kv=None):
         x = self.mix(self.res(x, emb))
@@ -369,7 +393,7 @@ class ConditionEncoder(nn.Module):
         return rearrange(x, "(b h w) t c -> (b t) c h w", h=h, w=w)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # DFGN, the discrete frame generation network
 
 
@@ -377,7 +401,7 @@ class Condition(NamedTuple):
     """What the network is told besides the noisy latents; constant over the steps of a sampling run."""
 
     features: torch.Tensor                # (b t) c h w, of the condition encoder
-    kv: list                              # one (keys, values) pair per layer with attention, None for the others
+    kv: list                              # (keys, values) per layer with attention, None for others
     frame_mask: torch.Tensor | None       # b t bool, True = real frame; None = all are
 
 
@@ -385,11 +409,10 @@ class DFGN(nn.Module):
     """Latent video U-Net that predicts the noise (release; METHOD: widths, Table 6; parameters, Table 8).
 
     net(x, t, cond, context, cond_mask=None, frame_mask=None):
-        x          (b, t, c, h, w) noisy latents
-        t          (b,) integer steps 0..999
-        cond       (b, t, c, h, w) clean latents; frames that are not given are ignored (cond_mask None: pass zeros there)
-        context    (b, n, d) text tokens
-        cond_mask  (b, t) bool, True = given;  frame_mask (b, t) bool, True = real, False = padding
+        x          (b, t, c, h, w) noisy latents t          (b,) integer steps 0..999 cond       (b, t, c, h,
+        w) clean latents; frames that are not given are ignored (cond_mask None: pass zeros there) context
+        (b, n, d) text tokens cond_mask  (b, t) bool, True = given;  frame_mask (b, t) bool, True = real,
+        False = padding
     returns the predicted noise, (b, t, c, h, w) fp32. Height and width must divide by 2^(levels - 1) * 2.
 
     Padded frames are zeroed at the entrance (ours), so what padding holds can never reach a real frame.
@@ -409,7 +432,7 @@ class DFGN(nn.Module):
         for i, w in enumerate(ws):
             layers = [Layer(width if j == 0 else w, w, cfg, attends[i]) for j in range(cfg.layers)]
             last = nn.Conv2d(w, w, 3, stride=2, padding=1) if i < n - 1 else None
-            self.down.append(nn.ModuleDict({"layers": nn.ModuleList(layers), **({"scale": last} if last else {})}))
+            self.down.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | ({"scale": last} if last else {})))
             skips += [w] * (cfg.layers + (i < n - 1))
             width = w
         self.mid = nn.ModuleList([Layer(width, width, cfg, True), Layer(width, width, cfg, False)])
@@ -419,13 +442,15 @@ class DFGN(nn.Module):
             for _ in range(cfg.layers + 1):
                 layers.append(Layer(width + skips.pop(), w, cfg, attends[i]))
                 width = w
-            self.up.append(nn.ModuleDict({"layers": nn.ModuleList(layers), **({"scale": Upsample(w)} if i else {})}))
+            scale = {"scale": Upsample(w)} if i else {}
+            self.up.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | scale))
         self.norm_out, self.conv_out = nn.GroupNorm(32, ws[0], eps=1e-5), nn.Conv2d(ws[0], c, 3, padding=1)
         self.init_weights()
 
     def init_weights(self):
-        """PyTorch's defaults, but every residual branch ends in zeros, so that each starts as the identity, and so does
-        the network's output (ours, as DiT and the LDM family do; the release does not say). STI's own start is w = (0, 1)."""
+        """PyTorch's defaults, but every residual branch ends in zeros, so that each starts as the identity,
+        and so does the network's output (ours, as DiT and the LDM family do; the release does not say). STI's
+        own start is w = (0, 1)."""
         zero = [self.conv_out]
         for m in self.modules():
             if isinstance(m, ResBlock):
@@ -459,7 +484,7 @@ class DFGN(nn.Module):
     def forward(self, x, t, cond=None, context=None, cond_mask=None, frame_mask=None, condition=None):
         if condition is None:
             condition = self.condition(cond, context, cond_mask, frame_mask)
-        emb = F.silu(self.time(timestep_embedding(t, self.cfg.widths[0])))  # b d, shared by all frames and layers
+        emb = F.silu(self.time(timestep_embedding(t, self.cfg.widths[0])))  # b d, for all frames and layers
         if condition.frame_mask is not None:
             x = torch.where(condition.frame_mask[:, :, None, None, None], x, 0)
         b, f = x.shape[:2]
@@ -491,15 +516,16 @@ class DFGN(nn.Module):
         return module(*args)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text
 
 
 class ByteText(nn.Module):
     """The default text encoder: a small transformer over UTF-8 bytes, trained with the network (ours).
 
-    No vocabulary file and any language. Captions are cut or zero-padded to `text_bytes`; like CLIP's in latent diffusion,
-    the padding is not masked (a mask rules out flash kernels), and the empty caption is "no text".
+    No vocabulary file and any language. Captions are cut or zero-padded to `text_bytes`; like CLIP's in
+    latent diffusion, the padding is not masked (a mask rules out flash kernels), and the empty caption is "no
+    text".
     """
 
     def __init__(self, cfg):
@@ -524,10 +550,12 @@ class ByteText(nn.Module):
 
 
 class FrozenText(nn.Module):
-    """Frozen Hugging Face encoders, token states concatenated along the sequence (release, Table 6: CLIP 1024-d and T5).
+    """Frozen Hugging Face encoders, token states concatenated along the sequence (release, Table 6: CLIP
+    1024-d and T5).
 
-    An encoder whose width is not context_dim passes a trained MLP d -> 2048 -> context_dim with SiLU (release: T5 768-d).
-    The encoders themselves are not part of the checkpoint; `paths` names them and embeddings are cached per caption.
+    An encoder whose width is not context_dim passes a trained MLP d -> 2048 -> context_dim with SiLU
+    (release: T5 768-d). The encoders themselves are not part of the checkpoint; `paths` names them and
+    embeddings are cached per caption.
     """
 
     def __init__(self, cfg, paths=()):
@@ -542,7 +570,7 @@ class FrozenText(nn.Module):
         try:
             from transformers import AutoConfig, AutoTokenizer, CLIPTextModel, T5EncoderModel, AutoModel
         except ImportError as e:
-            raise ImportError("--text-encoder needs the optional package transformers: pip install transformers") from e
+            raise ImportError("--text-encoder needs an optional package: pip install transformers") from e
         kinds = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "t5": T5EncoderModel}
         self.encoders = []
         for path in self.paths:
@@ -563,7 +591,8 @@ class FrozenText(nn.Module):
                     self.cache.clear()
                 self.cache[c] = []
                 for tokenizer, model in self.encoders:
-                    ids = tokenizer(c, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+                    ids = tokenizer(c, padding="max_length", max_length=77, truncation=True,
+                                    return_tensors="pt")
                     kwargs = {"attention_mask": ids["attention_mask"]} if "attention_mask" in ids else {}
                     self.cache[c].append(model(ids["input_ids"], **kwargs).last_hidden_state[0].half())
         return [torch.stack([self.cache[c][i] for c in captions]).float() for i in range(len(self.encoders))]
@@ -577,8 +606,9 @@ def drop_words(caption, rng, p=0.2):
     return " ".join("#" if rng.random() < p else w for w in caption.split())
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Autoencoder. Module names are those of Stable Diffusion's VAE in diffusers, so that its weights load as they are.
+# ------------------------------------------------------------------------------------------------------------
+# Autoencoder. Module names are those of Stable Diffusion's VAE in diffusers, so that its weights load as they
+# are.
 
 
 class VAEResBlock(nn.Module):
@@ -626,12 +656,13 @@ class VAEDown(nn.Module):
     def __init__(self, c_in, c_out, layers, scale):
         super().__init__()
         self.resnets = nn.ModuleList(VAEResBlock(c_in if j == 0 else c_out, c_out) for j in range(layers))
-        self.downsamplers = nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2)})] if scale else [])
+        down = nn.ModuleDict({"conv": nn.Conv2d(c_out, c_out, 3, stride=2)})
+        self.downsamplers = nn.ModuleList([down] if scale else [])
 
     def forward(self, x):
         for r in self.resnets:
             x = r(x)
-        for d in self.downsamplers:                                         # pads right and below only, as LDM does
+        for d in self.downsamplers:                                         # pads right and below, as LDM does
             x = d["conv"](F.pad(x, (0, 1, 0, 1)))
         return x
 
@@ -685,18 +716,22 @@ class VAEDecoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Pictures <-> latents. One class for Stable Diffusion's weights (3 channels) and for our own RGBA-native one.
+    """Pictures <-> latents. One class for Stable Diffusion's weights (3 channels) and for our own RGBA-native
+    one.
 
-    Pictures are premultiplied RGBA in [0, 1], (n, 4, h, w), on both sides. The 4-channel autoencoder sees them as they are; the
-    3-channel one sees them composited on white and gives back opaque ones. Latents are normalised per channel: mean and std
-    are measured on the training set (`set_statistics`) and are part of the weights.
+    Pictures are premultiplied RGBA in [0, 1], (n, 4, h, w), on both sides. The 4-channel autoencoder sees
+    them as they are; the 3-channel one sees them composited on white and gives back opaque ones. Latents are
+    normalised per channel: mean and std are measured on the training set (`set_statistics`) and are part of
+    the weights.
     """
 
     def __init__(self, cfg):
         super().__init__()
         self.settings = {k: v for k, v in asdict(cfg).items() if k.startswith("vae_")}
-        self.f, self.patch, self.channels, self.latent_channels = cfg.f, cfg.vae_patch, cfg.vae_channels, cfg.latent_channels
-        args = (cfg.vae_channels * cfg.vae_patch ** 2, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention, cfg.latent_channels)
+        self.f, self.patch = cfg.f, cfg.vae_patch
+        self.channels, self.latent_channels = cfg.vae_channels, cfg.latent_channels
+        args = (cfg.vae_channels * cfg.vae_patch ** 2, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention,
+                cfg.latent_channels)
         self.encoder, self.decoder = VAEEncoder(*args), VAEDecoder(*args)
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
@@ -704,10 +739,13 @@ class AutoencoderKL(nn.Module):
         self.register_buffer("std", torch.ones(cfg.latent_channels))
 
     def moments(self, x):
-        """Premultiplied RGBA (n, 4, h, w) in [0, 1] -> raw posterior mean and log-variance, each (n, c, h/f, w/f)."""
+        """Premultiplied RGBA (n, 4, h, w) in [0, 1] -> raw posterior mean and log-variance, each (n, c, h/f,
+        w/f).
+        """
         if self.channels == 3:
             x = x[:, :3] + (1 - x[:, 3:])                                   # composite on white
-        mean, logvar = self.quant_conv(self.encoder(F.pixel_unshuffle(2 * x - 1, self.patch))).float().chunk(2, 1)
+        x = F.pixel_unshuffle(2 * x - 1, self.patch)
+        mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def decode_raw(self, z):
@@ -739,10 +777,11 @@ class AutoencoderKL(nn.Module):
 
 
 class VAEStep(nn.Module):
-    """One training step of the autoencoder: L1 + squared error on premultiplied RGBA and on RGB over white, plus KL (ours).
+    """One training step of the autoencoder: L1 + squared error on premultiplied RGBA and on RGB over white,
+    plus KL (ours).
 
-    A sticker is always seen over some background; black is premultiplied RGB itself, white is the other extreme.
-    forward(x, noise): pictures (n, 4, h, w) and noise (n, c, h/f, w/f) -> losses (n,).
+    A sticker is always seen over some background; black is premultiplied RGB itself, white is the other
+    extreme. forward(x, noise): pictures (n, 4, h, w) and noise (n, c, h/f, w/f) -> losses (n,).
     """
 
     def __init__(self, vae, kl_weight):
@@ -763,13 +802,14 @@ def read_weights(path):
         try:
             from safetensors.torch import load_file
         except ImportError as e:
-            raise ImportError("reading .safetensors needs the optional package safetensors: pip install safetensors") from e
+            raise ImportError(".safetensors needs an optional package: pip install safetensors") from e
         return load_file(str(path))
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_vae(path):
-    """An autoencoder from our checkpoint (any that carries a "vae"), or from Stable-Diffusion-type weights."""
+    """An autoencoder from our checkpoint (any that carries a "vae"), or from Stable-Diffusion-type weights.
+    """
     data = read_weights(path)
     if "vae" in data:
         vae, state = AutoencoderKL(Config(**data["config"])), data["vae"]
@@ -781,19 +821,23 @@ def load_vae(path):
                 name = name.replace(f"attentions.0.{a}.", f"attentions.0.{b}.")
             is_linear = ".attentions.0.to_" in name and value.ndim == 4     # 1x1 convs in LDM's own files
             state[name] = value[:, :, 0, 0] if is_linear else value
-        state.update(mean=torch.zeros(vae.latent_channels), std=torch.full((vae.latent_channels,), 1 / 0.18215))
+        c = vae.latent_channels
+        state.update(mean=torch.zeros(c), std=torch.full((c,), 1 / 0.18215))
     vae.load_state_dict({k: v.float() for k, v in state.items()})
     return vae.eval().requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Diffusion (Section 4 / Table 6 of the paper: 1000 steps, scaled-linear betas 0.00085..0.0120, noise prediction)
+# ------------------------------------------------------------------------------------------------------------
+# Diffusion (Section 4 / Table 6 of the paper: 1000 steps, scaled-linear betas 0.00085..0.0120, noise
+# prediction)
 
 STEPS = 1000
 
 
 def alphas_cumprod():
-    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta). LDM code calls this schedule "linear"."""
+    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta). LDM code calls this schedule
+    "linear".
+    """
     betas = np.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, STEPS, dtype=np.float64) ** 2
     return torch.from_numpy(np.cumprod(1 - betas)).float()
 
@@ -805,7 +849,9 @@ def q_sample(x0, noise, t, abar):
 
 
 class RDTF(nn.Module):
-    """DFGN plus its text encoder: all that is trained in the main stage. forward is the diffusion step of training."""
+    """DFGN plus its text encoder: all that is trained in the main stage. forward is the diffusion step of
+    training.
+    """
 
     def __init__(self, cfg, text_paths=()):
         super().__init__()
@@ -814,11 +860,13 @@ class RDTF(nn.Module):
         self.register_buffer("abar", alphas_cumprod(), persistent=False)
 
     def forward(self, x0, noise, t, text, cond_mask, frame_mask=None):
-        """Per-clip losses (b,): squared noise error over real frames / (F c h w) (release: Section 5 of the method).
+        """Per-clip losses (b,): squared noise error over real frames / (F c h w) (release: Section 5 of the
+        method).
 
-        The denominator is a constant, so every real frame of every sticker weighs the same and sums over micro-batches and
-        ranks are exact with ragged lengths. Given frames count: they are noised like the rest. x0, noise: (b, t, c, h, w);
-        text: what `text.tokenize` gave; cond_mask, frame_mask (b, t) bool; frame_mask None: nothing is padded.
+        The denominator is a constant, so every real frame of every sticker weighs the same and sums over
+        micro-batches and ranks are exact with ragged lengths. Given frames count: they are noised like the
+        rest. x0, noise: (b, t, c, h, w); text: what `text.tokenize` gave; cond_mask, frame_mask (b, t) bool;
+        frame_mask None: nothing is padded.
         """
         eps = self.net(q_sample(x0, noise, t, self.abar), t, x0, self.text(text), cond_mask, frame_mask)
         error = (eps - noise) ** 2
@@ -828,10 +876,12 @@ class RDTF(nn.Module):
 
 
 def guidance_weights(text_scale, image_scale, has_text, has_image):
-    """Two-scale guidance as a weighted sum of network calls: {(text?, image?): weight}, zero weights left out.
+    """Two-scale guidance as a weighted sum of network calls: {(text?, image?): weight}, zero weights left
+    out.
 
-    e = e(0,0) + s_I (e(0,I) - e(0,0)) + s_T (e(T,I) - e(0,I)), InstructPix2Pix eq. 3 (the paper prints no formula: ours).
-    Without text (or image) the branches that differ in it only are one, so nobody pays for a pass that cannot matter.
+    e = e(0,0) + s_I (e(0,I) - e(0,0)) + s_T (e(T,I) - e(0,I)), InstructPix2Pix eq. 3 (the paper prints no
+    formula: ours). Without text (or image) the branches that differ in it only are one, so nobody pays for a
+    pass that cannot matter.
     """
     weights = {}
     for key, w in (((0, 0), 1 - image_scale), ((0, 1), image_scale - text_scale), ((1, 1), text_scale)):
@@ -840,11 +890,13 @@ def guidance_weights(text_scale, image_scale, has_text, has_image):
     return {k: w for k, w in weights.items() if abs(w) > 1e-8}
 
 
-def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, image_scale, has_text=True, rescale=0.0):
-    """-> eps(x, t): guided noise prediction with everything that is constant over the steps computed here, once.
+def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, image_scale, has_text=True,
+               rescale=0.0):
+    """-> eps(x, t): guided noise prediction with everything that is constant over the steps computed here,
+    once.
 
-    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the guided
-    prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16).
+    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the
+    guided prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16).
     """
     weights = guidance_weights(text_scale, image_scale, has_text, bool(cond_mask.any()))
     context = {k: model.text(text if k else negative) for k in {key[0] for key in weights}}
@@ -852,7 +904,8 @@ def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, i
     b, n = cond_mask.shape[0], len(keys)
     masks = torch.cat([cond_mask if image else torch.zeros_like(cond_mask) for _, image in keys])
     fmask = None if frame_mask is None or bool(frame_mask.all()) else frame_mask.repeat(n, 1)
-    constant = model.net.condition(cond.repeat(n, 1, 1, 1, 1), torch.cat([context[k] for k, _ in keys]), masks, fmask)
+    contexts = torch.cat([context[k] for k, _ in keys])
+    constant = model.net.condition(cond.repeat(n, 1, 1, 1, 1), contexts, masks, fmask)
     w = torch.tensor([weights[k] for k in keys], device=cond.device).view(n, 1, 1, 1, 1, 1)
 
     def eps(x, t):
@@ -868,7 +921,9 @@ def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, i
 
 
 def timesteps(n):
-    """n decreasing steps from 999: 999, 999 - 1000/n, ... ("trailing"; arXiv 2305.08891 says why to begin at the end)."""
+    """n decreasing steps from 999: 999, 999 - 1000/n, ... ("trailing"; arXiv 2305.08891 says why to begin at
+    the end).
+    """
     if not 1 <= n <= STEPS:
         raise ValueError(f"steps={n}: choose 1..{STEPS}")
     return [round(STEPS * (n - i) / n) - 1 for i in range(n)]
@@ -880,10 +935,10 @@ SAMPLERS = ("ddim", "ddpm", "dpm")
 def sample(eps, x, steps=50, sampler="ddim", eta=1.0, noise=None, callback=None):
     """Denoise x ~ N(0, 1) (b, t, c, h, w) to x_0 by `steps` calls of eps(x, t) with t (b,).
 
-    ddim: arXiv 2010.02502 eq. 12 with eta (the paper's choice is 50 steps, eta 1.0). ddpm: ancestral sampling with the true
-    posterior of the strided chain, which is ddim at eta 1. dpm: DPM-Solver++(2M), arXiv 2211.01095 algorithm 2, for few steps.
-    noise: () -> tensor like x, needed when eta > 0. The previous step is the list's next entry, never t - T // n; nothing
-    is clipped, these are latents.
+    ddim: arXiv 2010.02502 eq. 12 with eta (the paper's choice is 50 steps, eta 1.0). ddpm: ancestral sampling
+    with the true posterior of the strided chain, which is ddim at eta 1. dpm: DPM-Solver++(2M), arXiv
+    2211.01095 algorithm 2, for few steps. noise: () -> tensor like x, needed when eta > 0. The previous step
+    is the list's next entry, never t - T // n; nothing is clipped, these are latents.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(SAMPLERS)}")
@@ -904,7 +959,7 @@ def sample(eps, x, steps=50, sampler="ddim", eta=1.0, noise=None, callback=None)
                     r = (lam - old[1]) / h
                     d = x0 + (x0 - old[0]) / (2 * r)
                 x = ((1 - a_next) / (1 - a)) ** 0.5 * x - a_next ** 0.5 * math.expm1(-h) * d
-            else:                                                           # log-SNR is infinite at the end: first order
+            else:                                                           # infinite log-SNR: first order
                 x = x0
             old = (x0, lam)
         else:

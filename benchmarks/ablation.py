@@ -1,10 +1,13 @@
-"""Do dual masks and the curriculum help? A small honest version of Table 4: same seeds, same number of updates, held-out losses.
+"""Do dual masks and the curriculum help? A small honest version of Table 4: same seeds, same number of
+updates, held-out losses.
 
-    python benchmarks/ablation.py --data synthetic:600 --vae runs/vae/vae.pt --out runs/ablation --steps 300 --seeds 3
+    python benchmarks/ablation.py --data synthetic:600 --vae runs/vae/vae.pt --out runs/ablation --steps 300
+    --seeds 3
 
-trains every variant with every seed (resumable: finished runs are skipped), then measures the EMA weights of each on the same held-out
-clips, noise, steps and masks, and prints mean and standard deviation over the seeds per task. The loss is per real frame, so that 1 is
-"predict nothing". A variant that never trained a task is measured on it all the same: that is what dual masks are for.
+trains every variant with every seed (resumable: finished runs are skipped), then measures the EMA weights of
+each on the same held-out clips, noise, steps and masks, and prints mean and standard deviation over the seeds
+per task. The loss is per real frame, so that 1 is "predict nothing". A variant that never trained a task is
+measured on it all the same: that is what dual masks are for.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
     python benchmarks/gallery.py --ckpt weights/fluent-64.pt --data cache/fluent --out assets/fluent
 
-writes OUT.png (every frame; one block of rows per sticker) and OUT.webp (the same clips, animated side by side).
+writes OUT.png (every frame; one block of rows per sticker) and OUT.webp (the same clips, animated side by
+side).
 """
 
 import argparse
@@ -21,7 +22,9 @@ ROWS = (("interpolate", "interpolate", 0), ("predict (4 given)", "predict_post",
 
 
 def clips(stickers, split, count, seed):
-    """`count` full clips of different moving stickers of a split, those that move most among a fixed random third."""
+    """`count` full clips of different moving stickers of a split, those that move most among a fixed random
+    third.
+    """
     items = [i for i in stickers.select(split) if stickers.index["count"][i] >= 8]
     items = np.random.default_rng(seed).permutation(items)[:3 * count]
     found = []

@@ -11,8 +11,8 @@ from rdtf import DFGN, Config  # noqa: E402
 
 
 def build(config):
-    """config: the release's keys (block_out_channels, cross_attention_dim, attention_head_dim; optional layers_per_block,
-    in_channels, num_frames) -> DFGN."""
+    """config: the release's keys (block_out_channels, cross_attention_dim, attention_head_dim; optional
+    layers_per_block, in_channels, num_frames) -> DFGN."""
     if config.get("norm_num_groups", 32) != 32:
         raise ValueError("norm_num_groups: the method has 32 groups")
     return DFGN(Config(widths=tuple(config["block_out_channels"]), context_dim=config["cross_attention_dim"],

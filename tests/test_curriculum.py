@@ -77,7 +77,9 @@ def test_bad_calls_say_what_is_wrong(call, words):
 
 
 def slow_history(losses):
-    """PID score and level after every loss, written from METHOD.md with plain lists. A NaN keeps its place in the window."""
+    """PID score and level after every loss, written from METHOD.md with plain lists. A NaN keeps its place in
+    the window.
+    """
     out, scores = [], []
     for i, loss in enumerate(losses):
         window = [x for x in losses[:i + 1][-1000:] if math.isfinite(x)]
