@@ -431,8 +431,8 @@ class DFGN(nn.Module):
         self.down, skips, width = nn.ModuleList(), [ws[0]], ws[0]
         for i, w in enumerate(ws):
             layers = [Layer(width if j == 0 else w, w, cfg, attends[i]) for j in range(cfg.layers)]
-            last = nn.Conv2d(w, w, 3, stride=2, padding=1) if i < n - 1 else None
-            self.down.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | ({"scale": last} if last else {})))
+            scale = {"scale": nn.Conv2d(w, w, 3, stride=2, padding=1)} if i < n - 1 else {}
+            self.down.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | scale))
             skips += [w] * (cfg.layers + (i < n - 1))
             width = w
         self.mid = nn.ModuleList([Layer(width, width, cfg, True), Layer(width, width, cfg, False)])
@@ -563,7 +563,8 @@ class FrozenText(nn.Module):
         self.paths, self.cache, self.encoders = list(paths), {}, None
         self.project = nn.ModuleList(
             nn.Identity() if d == cfg.context_dim else
-            nn.Sequential(nn.Linear(d, 2048), nn.SiLU(), nn.Linear(2048, cfg.context_dim)) for d in cfg.text_dims)
+            nn.Sequential(nn.Linear(d, 2048), nn.SiLU(), nn.Linear(2048, cfg.context_dim))
+            for d in cfg.text_dims)
 
     def load(self):
         """Open the encoders (kept off the module list: they are neither trained nor saved)."""
@@ -587,7 +588,7 @@ class FrozenText(nn.Module):
             self.load()
         for c in captions:
             if c not in self.cache:
-                if len(self.cache) > 100_000:                               # captions with dropped words never end
+                if len(self.cache) > 100_000:                         # captions with dropped words never end
                     self.cache.clear()
                 self.cache[c] = []
                 for tokenizer, model in self.encoders:
@@ -662,7 +663,7 @@ class VAEDown(nn.Module):
     def forward(self, x):
         for r in self.resnets:
             x = r(x)
-        for d in self.downsamplers:                                         # pads right and below, as LDM does
+        for d in self.downsamplers:                                   # pads right and below, as LDM does
             x = d["conv"](F.pad(x, (0, 1, 0, 1)))
         return x
 
