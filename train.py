@@ -2,22 +2,24 @@
 
     python train.py                                          # built-in stickers, preset tiny, CPU or whatever is there
     torchrun --nproc_per_node 8 train.py --preset base --data data/fluent --out runs/fluent
-    python train.py --dry-run --preset paper                 # the plan: parameters, memory, time; nothing is written
+    python train.py --dry-run --preset base                  # the plan: parameters, memory, time; nothing is written
     python train.py --stage vae --data data/fluent           # the autoencoder only
 
-The same command resumes where it was stopped, also after kill -9. Every draw is a pure function of (seed, update, global sample
-index) and of the saved loss history, so neither the number of processes, nor accumulation, nor workers change the run.
+The same command resumes where it was stopped, also after kill -9. Every draw is a pure function of (seed, update, global
+sample index) and of the saved loss history, so neither processes, nor accumulation, nor workers change the run.
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,38 +31,46 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from curriculum import GENERATION, TASKS, Curriculum, make_masks
-from data import DataError, draw_clip, open_stickers, save_sheet, write_sticker
-from rdtf import PRESETS, RDTF, AutoencoderKL, Config, VAEStep, drop_words, load_vae, read_weights
+from curriculum import GENERATION, TASKS, Curriculum, allowed, choices, make_masks
+from data import DataError, Stickers, draw_clip, open_stickers, save_sheet, write_sticker
+from rdtf import PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, load_vae, read_weights
 from sample import Loaded, ema_weights, sample_clips, to_straight
 
 FORMAT = 1                                           # of checkpoints
 BUILT_IN = Path(__file__).parent / "assets" / "stickers"
 RECIPES = {  # what the flags of a preset default to
-    "tiny": dict(steps=700, batch_size=8, lr=1e-3, vae_steps=900, vae_batch_size=16, ema=0.995, warmup=50, schedule="cosine"),
-    "base": dict(steps=100_000, batch_size=16, lr=2e-4, vae_steps=20_000, vae_batch_size=32, ema=0.9999, warmup=1000, schedule="cosine"),
-    # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5 constant
-    "paper": dict(steps=50_000, batch_size=1, accumulation=6, lr=1e-5, vae_steps=0, vae_batch_size=8, ema=0.9999, warmup=0,
-                  schedule="constant"),
+    "tiny": dict(steps=700, batch_size=8, lr=1e-3, ema=0.995, warmup=50, schedule="cosine",
+                 vae_steps=900, vae_batch_size=16),
+    "base": dict(steps=100_000, batch_size=16, lr=2e-4, ema=0.9999, warmup=1000, schedule="cosine",
+                 vae_steps=20_000, vae_batch_size=32),
+    # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5 constant; Stable Diffusion's autoencoder
+    "paper": dict(steps=50_000, batch_size=1, accumulation=6, lr=1e-5, ema=0.9999, warmup=0, schedule="constant",
+                  vae_steps=0, vae_batch_size=8),
 }
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     a = p.add_argument
     recipe = "default: the preset's recipe"
     a("--data", default=str(BUILT_IN), help="folder of stickers, prepared store, or synthetic[:COUNT]")
     a("--out", default="", help="run folder; empty: runs/PRESET")
     a("--preset", default="tiny", help=f"size of everything: {', '.join(PRESETS)}")
-    a("--stage", default="auto", choices=["auto", "vae"], help="vae: stop after the autoencoder; auto: autoencoder if needed, then DFGN")
-    a("--vae", default="", help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); empty: train one")
-    a("--text-encoder", nargs="+", default=[], metavar="PATH", help="one or two local Hugging Face text encoders; none: byte transformer")
-    a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="how a layer mixes frames (Table 3's ablation)")
+    a("--stage", default="auto", choices=["auto", "vae"],
+      help="vae: stop after the autoencoder; auto: autoencoder if needed, then DFGN")
+    a("--vae", default="",
+      help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); empty: train one")
+    a("--text-encoder", nargs="+", default=[], metavar="PATH",
+      help="one or two local Hugging Face text encoders; none: byte transformer")
+    a("--temporal", default="sti", choices=["sti", "conv3d", "gated"],
+      help="how a layer mixes frames (Table 3's ablation)")
     a("--steps", type=int, default=None, help=f"updates of DFGN ({recipe})")
     a("--batch-size", type=int, default=None, help=f"clips per process and micro-step ({recipe})")
     a("--accumulation", type=int, default=None, help=f"micro-steps per update ({recipe}, else 1)")
     a("--lr", type=float, default=None, help=f"peak learning rate ({recipe})")
-    a("--schedule", default=None, choices=["constant", "cosine"], help=f"of the learning rate after warm-up ({recipe})")
+    a("--schedule", default=None, choices=["constant", "cosine"],
+      help=f"of the learning rate after warm-up ({recipe})")
     a("--warmup", type=int, default=None, help=f"updates of linear warm-up, 0 = none ({recipe})")
     a("--weight-decay", type=float, default=0.01, help="of AdamW (Table 6)")
     a("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
@@ -69,17 +79,22 @@ def parser():
     a("--vae-batch-size", type=int, default=None, help=f"pictures per process and update ({recipe})")
     a("--vae-lr", type=float, default=1e-3, help="peak learning rate of the autoencoder")
     a("--vae-kl", type=float, default=1e-5, help="weight of the KL term")
-    a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: equal weights, LCL, DCL")
+    a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"],
+      help="Table 4: equal weights, LCL, DCL")
     a("--tasks", default=",".join(TASKS), help="comma-separated subset to train")
-    a("--min-frames", type=int, default=1, help="stickers with fewer frames than this are left out, 1 = keep all")
-    a("--drop", type=float, default=0.05, help="probability of dropping text and given frames together, and of text alone")
+    a("--min-frames", type=int, default=1, help="stickers with fewer frames are left out, 1 = keep all")
+    a("--drop", type=float, default=0.05,
+      help="probability of dropping text and given frames together, and of text alone")
     a("--word-drop", type=float, default=0.2, help="probability with which a word of the caption becomes #")
     a("--seed", type=int, default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
-    a("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    a("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+      help="auto: bf16 autocast where the hardware has it")
     a("--compile", action="store_true", help="torch.compile the network")
-    a("--checkpointing", action="store_true", help="recompute layers in the backward pass: less memory, about a third more time")
-    a("--workers", type=int, default=0, help="loader processes, 0 = load in the main process (enough for stores)")
+    a("--checkpointing", action="store_true",
+      help="recompute layers in the backward pass: less memory, about a third more time")
+    a("--workers", type=int, default=0,
+      help="loader processes, 0 = load in the main process (enough for stores)")
     a("--save-every", type=int, default=200, help="updates between checkpoints, 0 = only at the end")
     a("--keep-every", type=int, default=0, help="updates between numbered checkpoints that are kept, 0 = none")
     a("--sample-every", type=int, default=0, help="updates between sample sheets, 0 = only at the end")
@@ -101,25 +116,33 @@ class Context:
 
     def __init__(self, args):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        kind = args.device
+        self.main = self.rank == 0
+        local, kind = int(os.environ.get("LOCAL_RANK", 0)), args.device
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
             self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
-            raise DataError(f"--device {args.device}: not usable here ({str(e).splitlines()[0]}); try --device cpu")
+            raise DataError(f"--device {args.device}: not usable here ({first_line(e)}); try --device cpu")
         if kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+            # the others wait while the main process evaluates, samples and saves
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(self.device)
-        self.main = self.rank == 0
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def agree(self, value, what):
+        """DataError unless all processes hold the same integer. Also a barrier."""
+        if self.world > 1:
+            x = torch.tensor([value, -value], device=self.device)
+            dist.all_reduce(x, dist.ReduceOp.MAX)
+            if int(x[0]) != -int(x[1]):
+                raise DataError(f"{what}: the processes see different files; use a folder that all machines share")
 
 
 def has_bf16(device):
@@ -129,8 +152,12 @@ def has_bf16(device):
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------
-# Samples: everything about sample g of update s follows from (seed, s, g)
+# Samples: everything about sample g of the run follows from (seed, g)
 
 
 @lru_cache(maxsize=2)
@@ -145,7 +172,7 @@ def item_of(items, seed, g):
 
 
 class Clips(Dataset):
-    """Global sample index g -> (clip (F, c, h, w) fp32, n, caption, g). What depends on the curriculum is drawn in `finish`."""
+    """Global sample index g -> (clip (F, c, h, w) fp32, n, caption, g). What depends on the curriculum: `finish`."""
 
     def __init__(self, stickers, items, seed, frames):
         self.stickers, self.items, self.seed, self.frames = stickers, items, seed, frames
@@ -156,16 +183,31 @@ class Clips(Dataset):
         return torch.from_numpy(clip), n, self.stickers.caption(item), g
 
 
+class Pictures(Dataset):
+    """Global sample index g -> (picture (4, h, w) premultiplied in [0, 1], g): a stored frame, mirrored half the time."""
+
+    def __init__(self, stickers, items, seed):
+        self.stickers, self.items, self.seed = stickers, items, seed
+
+    def __getitem__(self, g):
+        entry = self.stickers.index[item_of(self.items, self.seed, g)]
+        rng = np.random.default_rng([self.seed, 4, g])
+        x = self.stickers.frames[int(entry["offset"]) + int(rng.integers(int(entry["count"])))]
+        x = torch.from_numpy(np.array(x)).float() / 255
+        return x.flip(-1) if rng.random() < 0.5 else x, g
+
+
 def collate(rows):
-    clips, n, captions, g = zip(*rows)
-    return torch.stack(clips), n, captions, g
+    """list of samples -> their pictures or clips stacked, everything else as tuples."""
+    x, *rest = zip(*rows)
+    return (torch.stack(x), *rest)
 
 
 def finish(batch, text, curriculum, weights, args, frames):
-    """Task, masks, dropping, noise and noise step of each clip -> keyword arguments of RDTF.forward, and the tasks.
+    """Task, masks, dropping, noise and noise step of each clip -> keyword arguments of RDTF.forward, task numbers (b,).
 
-    Text and given frames are dropped here and nowhere else (the release drops text for i2v; dropping for two-scale guidance is ours:
-    it needs (no text, no image) and (no text, image) to be trained).
+    Text and given frames are dropped here and nowhere else (the release drops text for i2v; dropping for two-scale
+    guidance is ours: it needs (no text, no image) and (no text, image) to be trained).
     """
     clips, ns, captions, gs = batch
     tasks, texts, cond, real, t, noise = [], [], [], [], [], []
@@ -181,35 +223,24 @@ def finish(batch, text, curriculum, weights, args, frames):
         real.append(frame)
         t.append(int(rng.integers(1000)))
         noise.append(rng.standard_normal(clips.shape[1:], dtype=np.float32))
-    real = torch.from_numpy(np.stack(real))
     return dict(x0=clips, noise=torch.from_numpy(np.stack(noise)), t=torch.tensor(t), text=text.tokenize(texts),
-                cond_mask=torch.from_numpy(np.stack(cond)), frame_mask=real), torch.tensor(tasks)
-
-
-class Pictures(Dataset):
-    """Global sample index g -> (picture (4, h, w) premultiplied in [0, 1], g): a random stored frame, mirrored half the time."""
-
-    def __init__(self, stickers, items, seed):
-        self.stickers, self.items, self.seed = stickers, items, seed
-
-    def __getitem__(self, g):
-        entry = self.stickers.index[item_of(self.items, self.seed, g)]
-        rng = np.random.default_rng([self.seed, 4, g])
-        x = self.stickers.frames[int(entry["offset"]) + int(rng.integers(int(entry["count"])))]
-        x = torch.from_numpy(np.array(x)).float() / 255
-        return x.flip(-1) if rng.random() < 0.5 else x, g
+                cond_mask=torch.from_numpy(np.stack(cond)), frame_mask=torch.from_numpy(np.stack(real))), \
+        torch.tensor(tasks)
 
 
 def global_indices(step, micro, batch, accumulation, ctx):
-    """The sample indices of this process in micro-step `micro` of update `step`: a slice of the update's row of samples."""
+    """The sample indices of this process in micro-step `micro` of update `step`: a slice of the update's samples."""
     first = (step * accumulation + micro) * batch * ctx.world + ctx.rank * batch
     return list(range(first, first + batch))
 
 
 def to_device(x, device):
-    if isinstance(x, torch.Tensor):
-        return x.to(device, non_blocking=True)
-    return [to_device(y, device) for y in x] if isinstance(x, list) else x
+    """Tensors, lists and dicts of them; None stays."""
+    if isinstance(x, dict):
+        return {k: to_device(v, device) for k, v in x.items()}
+    if isinstance(x, list):
+        return [to_device(y, device) for y in x]
+    return None if x is None else x.to(device, non_blocking=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -228,34 +259,60 @@ def save_checkpoint(path, data):
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:                                    # torch reports a full disk as RuntimeError
         partial.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written ({str(e).splitlines()[0]}); the last checkpoint is intact. "
-                        f"Free some disk space and run the same command again")
+        cause = e if isinstance(e, OSError) else e.__context__ or e
+        raise DataError(f"{path}: cannot be written ({first_line(cause)}); the checkpoint before is intact. Make room "
+                        f"on the disk and run the same command again")
 
 
 def load_checkpoint(path, stage):
     """-> dict; opens tensors and numbers only (a pickle that wants to run code is refused)."""
     try:
         data = read_weights(path)
-    except Exception as e:
-        raise DataError(f"{path}: not a checkpoint that can be opened safely ({type(e).__name__}); move it away or choose another --out")
+    except Exception as e:                                                  # whatever a broken file makes torch raise
+        raise DataError(f"{path}: not a checkpoint that can be opened safely ({type(e).__name__}); move it away or "
+                        f"choose another --out")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("stage") != stage:
         raise DataError(f"{path}: not a {stage} checkpoint of format {FORMAT}; move it away or choose another --out")
     return data
 
 
-def trim_log(path, step):
-    """Drop what was logged after the checkpoint that is resumed from, also a half-written line."""
+def check_config(path, saved, config, stage):
+    """DataError unless the checkpoint was made with this configuration; sampling defaults may differ."""
+    try:
+        old = asdict(Config(**saved["config"]))
+    except (TypeError, ValueError, KeyError):
+        old = {}
+    for key, value in config.items():
+        vae = key.startswith("vae_") or key in ("size", "latent_channels")
+        if key not in ("text_scale", "image_scale") and (vae or stage == "main") and old.get(key) != value:
+            raise DataError(f"{path}: made with {key} = {old.get(key)}, this run has {value}; choose another --out, or "
+                            f"the --preset and flags it was made with")
+
+
+def write_line(path, line):
+    """Append a line to log.jsonl; what is not finite becomes null, which every JSON reader takes."""
+    def clean(x):
+        if isinstance(x, dict):
+            return {k: clean(v) for k, v in x.items()}
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    with open(path, "a") as f:
+        f.write(json.dumps(clean(line)) + "\n")
+
+
+def trim_log(path, stage, step):
+    """Drop what this stage logged after update `step`, where it resumes, and half-written lines."""
     if not path.exists():
         return
     keep = []
-    for line in path.read_text(errors="replace").splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                keep.append(line)
-        except (ValueError, KeyError):
-            break
+            line = json.loads(text)
+            if line["step"] <= step or (line["stage"] == "vae") != (stage == "vae"):
+                keep.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            pass
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(x + "\n" for x in keep))
+    partial.write_text("".join(keep))
     os.replace(partial, path)
 
 
@@ -264,7 +321,7 @@ def trim_log(path, step):
 
 
 def learning_rate(step, peak, warmup, schedule, steps):
-    """lr at an update (0-based): linear warm-up, then constant (paper) or half a cosine to a twentieth of the peak (ours)."""
+    """At an update (from 0): linear warm-up, then constant (paper) or half a cosine to a twentieth of the peak (ours)."""
     ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if schedule == "constant":
         return peak * ramp
@@ -276,56 +333,46 @@ def ema_decay(step, decay):
     return min(decay, (1 + step) / (10 + step))
 
 
-class Stage:
-    """What the loop needs to know about a stage. module(**kwargs) gives losses (b,); batch(...) gives kwargs and groups."""
+class MainStage:
+    """DFGN. What `fit` needs to know of a stage: names, numbers, module(**kwargs) -> losses (b,), and batch()."""
 
-    name, file = "", ""
-
-    def __init__(self, module, dataset, args, ctx, steps, batch_size, accumulation, lr, warmup, schedule):
-        self.module, self.dataset, self.args, self.ctx = module, dataset, args, ctx
-        self.steps, self.batch_size, self.accumulation = steps, batch_size, accumulation
-        self.lr, self.warmup, self.schedule = lr, warmup, schedule
-        self.curriculum = Curriculum("none", steps)                        # keeps the loss history in both stages
-        self.groups = ()                                                   # names of what losses are split by
-
-
-class MainStage(Stage):
     name, file = "main", "last.pt"
+    groups = TASKS + ("q1", "q2", "q3", "q4")        # what losses are split by: tasks, quartiles of the noise step
 
-    def __init__(self, *rest, curriculum):
-        super().__init__(*rest)
-        self.curriculum = curriculum
-        self.groups = TASKS + ("q1", "q2", "q3", "q4")                      # tasks, and quartiles of the noise step
-        self.frames = self.module.cfg.frames
+    def __init__(self, model, dataset, args, ctx):
+        self.module, self.dataset, self.args, self.ctx = model, dataset, args, ctx
+        self.steps, self.batch_size, self.accumulation = args.steps, args.batch_size, args.accumulation
+        self.lr, self.warmup, self.schedule = args.lr, args.warmup, args.schedule
+        self.curriculum = Curriculum(args.curriculum, args.steps, args.tasks.split(","))
 
     def batch(self, raw, step):
-        """-> kwargs, and a (b, groups) table of how much each clip's loss counts for each group."""
-        kwargs, tasks = finish(raw, self.module.text, self.curriculum, self.curriculum.weights(step), self.args, self.frames)
+        """-> kwargs of the module, and a (b, groups) table of how much each clip's loss counts for each group."""
+        weights = self.curriculum.weights(step)
+        kwargs, tasks = finish(raw, self.module.text, self.curriculum, weights, self.args, self.module.cfg.frames)
         # reported per real frame: the training loss weighs a clip by its n / F
-        real = kwargs["frame_mask"].float().mean(1)
+        real, rows = kwargs["frame_mask"].float().mean(1), torch.arange(len(tasks))
         table = torch.zeros(len(tasks), len(self.groups))
-        table[torch.arange(len(tasks)), tasks] = real
-        table[torch.arange(len(tasks)), len(TASKS) + kwargs["t"] // 250] = real
+        table[rows, tasks] = real
+        table[rows, len(TASKS) + kwargs["t"] // 250] = real
         if bool(kwargs["frame_mask"].all()):
             kwargs["frame_mask"] = None
         return kwargs, table
 
-    def collate(self, rows):
-        return collate(rows)
 
+class VAEStage:
+    name, file, groups = "vae", "vae.pt", ()
 
-class VAEStage(Stage):
-    name, file = "vae", "vae.pt"
+    def __init__(self, module, dataset, args, ctx):
+        self.module, self.dataset, self.args, self.ctx = module, dataset, args, ctx
+        self.steps, self.batch_size, self.accumulation = args.vae_steps, args.vae_batch_size, 1
+        self.lr, self.warmup, self.schedule = args.vae_lr, min(50, args.vae_steps), "cosine"
+        self.curriculum = Curriculum("none", args.vae_steps)                # it keeps the loss history
 
     def batch(self, raw, step):
         x, gs = raw
-        f, c = self.module.vae.f, self.module.vae.latent_channels
-        noise = [np.random.default_rng([self.args.seed, 5, g]).standard_normal((c, x.shape[2] // f, x.shape[3] // f), np.float32) for g in gs]
+        shape = (self.module.vae.latent_channels, x.shape[2] // self.module.vae.f, x.shape[3] // self.module.vae.f)
+        noise = [np.random.default_rng([self.args.seed, 5, g]).standard_normal(shape, np.float32) for g in gs]
         return dict(x=x, noise=torch.from_numpy(np.stack(noise))), torch.zeros(len(gs), 0)
-
-    def collate(self, rows):
-        x, g = zip(*rows)
-        return torch.stack(x), g
 
 
 class Indices:
@@ -342,153 +389,53 @@ class Indices:
             step += 1
 
 
-STOP = {"signal": 0}
+class Log:
+    """Gathers the statistics of updates; every --log-every of them become a line of log.jsonl and of the progress bar."""
 
+    def __init__(self, stage, out, start, window):
+        self.stage, self.path, self.every, ctx = stage, out / "log.jsonl", stage.args.log_every, stage.ctx
+        self.writes = ctx.main and not stage.args.dry_run
+        self.window, self.since, self.updates, self.waited = window, 0.0, 0, 0.0
+        self.writer = tensorboard(out) if stage.args.tensorboard and self.writes else None
+        if self.writes:
+            trim_log(self.path, stage.name, start)
+        self.bar = tqdm(total=stage.steps, initial=start, desc=stage.name, disable=not self.writes, dynamic_ncols=True,
+                        mininterval=1.0)
 
-def fit(stage, out, extra, callbacks=(), verbose=True):
-    """Train a stage to its last update, resuming from `out`/`stage.file`. -> (ema dict, finished?).
+    def add(self, step, statistics, clock, waited):
+        """statistics: [loss, gradient norm, sum per group ..., weight per group ...]; clock: seconds of training."""
+        self.bar.update(1)
+        self.window.append(statistics)
+        self.updates, self.waited = self.updates + 1, self.waited + waited
+        if step % self.every and step < self.stage.steps:
+            return
+        s, means, k = self.stage, np.mean(self.window, 0), len(self.stage.groups)
+        sums, weights = means[2:2 + k], means[2 + k:]
+        line = {"step": step, "stage": s.name, "loss": float(means[0]), "grad_norm": float(means[1]),
+                "lr": learning_rate(step - 1, s.lr, s.warmup, s.schedule, s.steps)}
+        ease = ""
+        if k:
+            mix = dict(zip(s.curriculum.tasks, s.curriculum.weights(step).round(4).tolist()))
+            line |= {"groups": {g: float(a / b) for g, a, b in zip(s.groups, sums, weights) if b > 0}, "mix": mix}
+            ease = f" gen {100 * sum(mix.get(t, 0) for t in GENERATION):.0f}%"
+        # training only: what evaluation, sampling and saving take is not in it. data: share spent on making batches
+        seconds = max(clock - self.since, 1e-9)
+        rate = self.updates * s.batch_size * s.accumulation * s.ctx.world / seconds
+        line["time"] = {"seconds": round(seconds, 3), "samples_per_second": round(rate, 2),
+                        "data": round(self.waited / seconds, 4)}
+        if self.writes:
+            write_line(self.path, line)
+        if self.writer:
+            for key in ("loss", "grad_norm", "lr"):
+                self.writer.add_scalar(f"{s.name}/{key}", line[key], step)
+        self.bar.set_postfix_str(f"loss {line['loss']:.4f}{ease} {rate:.1f}/s")
+        self.window.clear()
+        self.since, self.updates, self.waited = clock, 0, 0.0
 
-    extra: what the checkpoint carries besides (config, vae, ...). callbacks: (every, f(step, ema)) run by the main process.
-    """
-    args, ctx, cur = stage.args, stage.ctx, stage.curriculum
-    module = stage.module.to(ctx.device).train()
-    params = [p for p in module.parameters() if p.requires_grad]
-    names = [n for n, p in module.named_parameters() if p.requires_grad]
-    fused = ctx.device.type in ("cuda", "cpu")
-    optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay, fused=fused)
-    ema = {n: p.detach().float().clone() for n, p in zip(names, params)} if args.ema else {}
-    path, log_path, start = out / stage.file, out / "log.jsonl", 0
-    if path.exists() and not args.dry_run:
-        saved = load_checkpoint(path, stage.name)
-        if saved["config"] != extra["config"]:
-            raise DataError(f"{path}: a checkpoint of another preset or configuration; choose another --out or the flags it was made with")
-        module.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        ema = {n: v.to(ctx.device) for n, v in saved["ema"].items()}
-        cur.load_state_dict(saved["curriculum"])
-        start = saved["step"]
-        if saved.get("fingerprint") != extra["fingerprint"] and ctx.main:
-            print(f"note: the data changed since {path} was written; the run goes on with what is there now")
-    if start >= stage.steps:
-        return ema, True
-    if ctx.main and not args.dry_run and stage.name == "main":
-        trim_log(log_path, start)
-    net = DDP(module, device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None) if ctx.world > 1 else module
-    loader = iter(DataLoader(stage.dataset, batch_sampler=Indices(stage, start), num_workers=args.workers, collate_fn=stage.collate,
-                             pin_memory=ctx.device.type == "cuda", persistent_workers=args.workers > 0))
-    writer = tensorboard(out) if args.tensorboard and ctx.main and not args.dry_run else None
-    global_batch = stage.batch_size * stage.accumulation * ctx.world
-    bar = tqdm(total=stage.steps, initial=start, desc=stage.name, disable=not (ctx.main and verbose), dynamic_ncols=True, mininterval=1.0)
-    pending, bad, window, last = None, 0, [], time.perf_counter()
-    first, times = start, []
-
-    def save(step, file=path):
-        if ctx.main:
-            save_checkpoint(file, {"format": FORMAT, "stage": stage.name, "step": step, "model": module.state_dict(), "ema": ema,
-                                   "optimizer": optimizer.state_dict(), "curriculum": cur.state_dict(), **extra})
-
-    def read():
-        """Fetch the statistics of the update before: it is long done, so nothing waits for the GPU. -> True: stop."""
-        nonlocal pending, bad
-        if pending is None:
-            return False
-        step, values = pending
-        values, pending = values.tolist(), None
-        loss, norm, stop, split = values[0], values[1], values[2], values[3:]
-        cur.record(loss)
-        bad = 0 if math.isfinite(loss) else bad + 1
-        if bad >= args.patience:
-            raise DataError(f"the loss was not finite for {bad} updates in a row (last: update {step}). Nothing was overwritten since the last "
-                            f"checkpoint. Lower --lr, raise --warmup, or try --precision fp32")
-        k = len(stage.groups)
-        window.append((loss, norm, split[:k], split[k:]))
-        if ctx.main and not args.dry_run and (step % args.log_every == 0 or step == stage.steps):
-            log(step)
-        return stop > 0
-
-    def log(step):
-        sums, counts = (np.sum([w[i] for w in window], axis=0) for i in (2, 3))
-        groups = {g: float(s / c) for g, s, c in zip(stage.groups, sums, counts) if c > 0}
-        mix = {t: float(round(w, 4)) for t, w in zip(cur.tasks, cur.weights(step))} if stage.name == "main" else {}
-        loss = float(np.mean([w[0] for w in window]))
-        line = dict(step=step, stage=stage.name, loss=loss, grad_norm=float(np.mean([w[1] for w in window])),
-                    lr=learning_rate(step - 1, stage.lr, stage.warmup, stage.schedule, stage.steps), **({"groups": groups, "mix": mix} if mix else {}))
-        seconds = time.perf_counter() - log.since
-        line["time"] = {"seconds": round(seconds, 3), "samples_per_second": round(len(window) * global_batch / max(seconds, 1e-9), 2)}
-        write_log(line)
-        if writer:
-            writer.add_scalar(f"{stage.name}/loss", loss, step)
-        ease = f" gen {100 * sum(mix.get(t, 0) for t in GENERATION):.0f}%" if mix else ""
-        bar.set_postfix_str(f"loss {loss:.4f}{ease} {line['time']['samples_per_second']}/s")
-        window.clear()
-        log.since = time.perf_counter()
-
-    def write_log(line):
-        with open(log_path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-
-    log.since = time.perf_counter()
-    done = stage.steps
-    for step in range(start, stage.steps):
-        # -------------------------------------------------------------------------------------------- one update
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage.lr, stage.warmup, stage.schedule, stage.steps)
-        stats = torch.zeros(3 + 2 * len(stage.groups), device=ctx.device)
-        for micro in range(stage.accumulation):
-            kwargs, table = stage.batch(next(loader), step)
-            kwargs, table = {k: to_device(v, ctx.device) for k, v in kwargs.items()}, table.to(ctx.device)
-            last_micro = micro == stage.accumulation - 1
-            with nullcontext() if last_micro or ctx.world == 1 else net.no_sync():
-                with ctx.autocast():
-                    losses = net(**kwargs)                                  # (b,)
-                # DDP averages gradients over ranks, the loss is a sum over the global batch: undo the average
-                (losses.sum() * (ctx.world / global_batch)).backward()
-            losses = losses.detach().float()
-            stats[0] += losses.sum() / global_batch
-            if stage.groups:
-                k = len(stage.groups)
-                stats[3:3 + k] += ((table > 0).float() * losses[:, None]).sum(0)
-                stats[3 + k:] += table.sum(0)
-        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
-        for p in params:                                                    # a broken update becomes none
-            p.grad.nan_to_num_(0.0, 0.0, 0.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            torch._foreach_lerp_(list(ema.values()), [p.detach().float() for p in params], 1 - ema_decay(step, args.ema))
-        # --------------------------------------------------------------------------------------------------------
-        stats[2] = STOP["signal"]
-        if ctx.world > 1:
-            dist.all_reduce(stats)
-        stats[1] = norm
-        stop, pending = read(), (step + 1, stats)
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-        bar.update(1)
-        limit = args.max_updates and step + 1 - first >= args.max_updates
-        final = step + 1 == stage.steps
-        saving = final or args.save_every and (step + 1) % args.save_every == 0
-        keeping = args.keep_every and (step + 1) % args.keep_every == 0
-        due = [f for every, f in callbacks if every and (step + 1) % every == 0 and not final]
-        if stop or limit or saving or keeping or due:
-            stop = read() or stop                                           # the newest loss is part of what is saved
-            if not args.dry_run and bad == 0 and (stop or limit or saving):
-                save(step + 1)
-            if not args.dry_run and bad == 0 and keeping:
-                save(step + 1, path.with_name(f"{path.stem}-{step + 1:07d}.pt"))
-            for f in due:
-                if ctx.main:
-                    f(step + 1, ema)
-            last = time.perf_counter()
-        if (stop or limit) and not final:
-            done = step + 1
-            break
-    bar.close()
-    if writer:
-        writer.close()
-    fit.times = times
-    return ema, done == stage.steps
+    def close(self):
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
 
 
 def tensorboard(out):
@@ -499,85 +446,272 @@ def tensorboard(out):
     return SummaryWriter(str(out))
 
 
+STOP = {"since": 0.0}                                # when the first signal came
+
+
+def on_signal(number, frame):
+    """SIGTERM, Ctrl-C: stop after this update. torchrun passes a Ctrl-C on, so that a second one at once means nothing."""
+    now = time.monotonic()
+    if not STOP["since"]:
+        STOP["since"] = now
+        os.write(2, b"\nstopping after this update; Ctrl-C once more to stop at once\n")    # print may not be re-entered
+    elif number == signal.SIGINT and now - STOP["since"] > 2:
+        raise KeyboardInterrupt
+
+
+def quiet_worker(index):
+    """Loader workers leave signals to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def fit(stage, out, extra, callbacks=()):
+    """Train a stage to its last update, resuming from `out`/`stage.file`. -> (EMA dict, finished?).
+
+    extra: what the checkpoint carries besides (config, vae, ...). callbacks: (every, f(step, ema)), run by the main
+    process every so many updates and after the last; every = 0: never.
+    """
+    args, ctx, cur = stage.args, stage.ctx, stage.curriculum
+    module = stage.module.to(ctx.device).train()
+    names, params = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))
+    optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=ctx.device.type in ("cuda", "cpu"))
+    ema = {n: p.detach().float().clone() for n, p in zip(names, params)} if args.ema else {}
+    path, start, window = out / stage.file, 0, []
+    if path.exists() and not args.dry_run:
+        saved = load_checkpoint(path, stage.name)
+        check_config(path, saved, extra["config"], stage.name)
+        if saved.get("vae_id") != extra.get("vae_id"):
+            raise DataError(f"{path}: trained with another autoencoder; name it with --vae, or choose another --out")
+        try:
+            module.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            cur.load_state_dict(saved["curriculum"])
+            ema = {n: saved["ema"][n].to(ctx.device) if n in saved["ema"] else v for n, v in ema.items()}
+            start, window = saved["step"], saved.get("window", [])
+        except (KeyError, ValueError, RuntimeError, TypeError) as e:
+            raise DataError(f"{path}: does not fit this version ({first_line(e)}); choose another --out")
+        if saved.get("fingerprint") != extra["fingerprint"] and ctx.main:
+            print(f"note: the data changed since {path} was written; the run goes on with what is there now")
+    ctx.agree(start, f"--out {out}")
+    if start >= stage.steps:
+        return ema, True
+    for group in optimizer.param_groups:                                    # flags win over what the checkpoint says
+        group["weight_decay"] = args.weight_decay
+    net = module if ctx.world == 1 else DDP(module, broadcast_buffers=False,
+                                            device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None)
+    loader = iter(DataLoader(stage.dataset, batch_sampler=Indices(stage, start), num_workers=args.workers,
+                             collate_fn=collate, pin_memory=ctx.device.type == "cuda", worker_init_fn=quiet_worker))
+    global_batch, k = stage.batch_size * stage.accumulation * ctx.world, len(stage.groups)
+    log, pending, bad = Log(stage, out, start, window), None, 0
+
+    def micro_batch(step):
+        kwargs, table = stage.batch(next(loader), step)
+        return to_device(kwargs, ctx.device), table.to(ctx.device, non_blocking=True)
+
+    def update(step):
+        """One update of the weights -> ([loss, norm, groups..., stop] on the device, seconds spent on batches)."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, stage.lr, stage.warmup, stage.schedule, stage.steps)
+        stats, waited = torch.zeros(3 + 2 * k, device=ctx.device), 0.0
+        for micro in range(stage.accumulation):
+            began = time.perf_counter()
+            kwargs, table = micro_batch(step)
+            waited += time.perf_counter() - began
+            last = micro == stage.accumulation - 1
+            with nullcontext() if last or ctx.world == 1 else net.no_sync():
+                with ctx.autocast():
+                    losses = net(**kwargs)                                  # (b,)
+                # DDP averages gradients over ranks, the loss is a sum over the global batch: undo the average
+                (losses.sum() * (ctx.world / global_batch)).backward()
+            losses = losses.detach().float()
+            stats[0] += losses.sum() / global_batch
+            stats[2:2 + k] += torch.where(table > 0, losses[:, None], 0.0).sum(0)
+            stats[2 + k:2 + 2 * k] += table.sum(0)
+        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
+        for p in params:                                                    # a broken gradient counts as zero
+            if p.grad is not None:
+                p.grad.nan_to_num_(0.0, 0.0, 0.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            torch._foreach_lerp_(list(ema.values()), [p.detach().float() for p in params],
+                                 1 - ema_decay(step, args.ema))
+        stats[-1] = float(STOP["since"] > 0)
+        if ctx.world > 1:
+            dist.all_reduce(stats)                                          # sums: every rank has its share of the mean
+        stats[1] = norm
+        return stats, waited
+
+    def read():
+        """The statistics of the update before: it is long done, so nobody waits for the GPU. -> stop? on all ranks."""
+        nonlocal pending, bad
+        if pending is None:
+            return False
+        (step, stats, clock, waited), pending = pending, None
+        *values, stop = stats.tolist()
+        cur.record(values[0])
+        bad = 0 if math.isfinite(values[0]) else bad + 1
+        log.add(step, values, clock, waited)
+        if bad >= args.patience or bad and step == stage.steps:
+            raise DataError(f"the loss was not finite for the last {bad} update(s), up to {step}; {path} was not touched "
+                            f"since. Lower --lr, raise --warmup or try --precision fp32, then run again")
+        return stop > 0
+
+    def save(step, file=path):
+        if ctx.main and bad == 0:
+            save_checkpoint(file, {"format": FORMAT, "stage": stage.name, "step": step, "model": module.state_dict(),
+                                   "ema": ema, "optimizer": optimizer.state_dict(), "curriculum": cur.state_dict(),
+                                   "window": log.window, **extra})
+
+    if args.dry_run:
+        print_plan(stage, net, params, lambda: micro_batch(0)[0], update)
+        return ema, False
+    clock, last, step = 0.0, time.perf_counter(), start
+    for step in range(start + 1, stage.steps + 1):
+        # -------------------------------------------------------------------------------------------- one update
+        stats, waited = update(step - 1)
+        stop = read()
+        now = time.perf_counter()
+        clock, last = clock + now - last, now
+        pending = (step, stats, clock, waited)
+        # --------------------------------------------------------------------------------- once in a while
+        final, limit = step == stage.steps, args.max_updates and step - start >= args.max_updates
+        every = [n and step % n == 0 for n in (args.save_every, args.keep_every)]
+        due = [f for n, f in callbacks if n and (final or step % n == 0)]
+        if stop or limit or final or due or any(every):
+            stop = read() or stop                                           # the newest loss is part of what is saved
+            if stop:                                                        # who stops us may not wait for samples
+                save(step)
+            for f in due:                                                   # before saving: what a checkpoint has
+                if ctx.main:                                                # behind it is in the log
+                    f(step, ema)
+            if limit or final or every[0]:
+                save(step)
+            if every[1]:
+                save(step, path.with_name(f"{path.stem}-{step:07d}.pt"))
+            last = time.perf_counter()
+        if stop or limit:
+            break
+    log.close()
+    return ema, step == stage.steps
+
+
+def print_plan(stage, net, params, batch, update):
+    """--dry-run: memory, the time of three updates, and what the whole stage takes."""
+    ctx, saved, own = stage.ctx, {}, {p.untyped_storage().data_ptr() for p in params}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in own:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    if ctx.device.type != "cuda":
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), ctx.autocast():
+            net(**batch()).sum().backward()
+        net.zero_grad()
+    times = []
+    for i in range(4):                                                      # the first one warms up
+        began = time.perf_counter()
+        update(i)[0].tolist()                                               # waits for the device
+        times.append(time.perf_counter() - began)
+    weights = (20 if stage.args.ema else 16) * sum(p.numel() for p in params)       # with gradient and two moments
+    memory = f"weights, gradients, moments and EMA {weights / 2 ** 30:.2f} GiB"
+    if ctx.device.type == "cuda":
+        memory += f", peak on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"
+    else:
+        memory += f", activations {sum(saved.values()) / 2 ** 30:.2f} GiB per micro-step"
+    seconds = sorted(times[1:])[1]
+    if ctx.main:
+        print(f"memory per process: {memory}\n"
+              f"time: {seconds:.2f} s per update (median of 3), {stage.steps} updates of stage {stage.name} take about "
+              f"{stage.steps * seconds / 3600:.1f} hours. Nothing was written.")
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The two stages
 
 
 def train_vae(cfg, stickers, items, args, ctx, out):
     """-> AutoencoderKL (frozen, EMA weights, statistics measured), or None if stopped early."""
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKL(cfg)
-    config = asdict(cfg)
     path = out / VAEStage.file
-    stage = VAEStage(VAEStep(vae, args.vae_kl), Pictures(stickers, items, args.seed), args, ctx, args.vae_steps, args.vae_batch_size, 1,
-                     args.vae_lr, min(50, args.vae_steps), "cosine")
-    extra = {"config": config, "fingerprint": stickers.meta["fingerprint"], "args": vars(args)}
+    saved = load_checkpoint(path, "vae") if path.exists() and not args.dry_run else {}
+    whole = "vae" in saved and saved["step"] >= args.vae_steps
+    ctx.agree(int(whole), f"--out {out}")
+    if whole:
+        check_config(path, saved, asdict(cfg), "vae")
+        return load_vae(path).to(ctx.device)
+    torch.manual_seed(args.seed)
+    stage = VAEStage(VAEStep(AutoencoderKL(cfg), args.vae_kl), Pictures(stickers, items, args.seed), args, ctx)
+    extra = {"config": asdict(cfg), "fingerprint": stickers.meta["fingerprint"], "args": vars(args)}
     ema, finished = fit(stage, out, extra)
     if not finished:
         return None
-    with ema_weights(stage.module, ema):
-        vae = AutoencoderKL(cfg)
-        vae.load_state_dict({k: v.detach().cpu() for k, v in stage.module.vae.state_dict().items()})
-    vae = vae.to(ctx.device).eval().requires_grad_(False)
+    vae = stage.module.vae
+    with ema_weights(stage.module, ema):                                    # averaged weights become the weights
+        state = {k: v.detach().clone() for k, v in vae.state_dict().items()}
+    vae.load_state_dict(state)
+    vae.eval().requires_grad_(False)
     measure_statistics(vae, stickers, items, args.seed)
-    if ctx.main and not args.dry_run:
-        saved = load_checkpoint(path, "vae")
-        if "vae" not in saved:
-            saved["vae"] = {k: v.cpu() for k, v in vae.state_dict().items()}
-            save_checkpoint(path, saved)
+    if ctx.main:
+        save_checkpoint(path, load_checkpoint(path, "vae") | {"vae": {k: v.cpu() for k, v in vae.state_dict().items()}})
     return vae
 
 
 @torch.no_grad()
 def measure_statistics(vae, stickers, items, seed, most=2048):
     """Mean and std of the raw latents per channel over (a sample of) the training frames."""
-    entries = stickers.index[items]
-    frames = np.concatenate([np.arange(int(e["offset"]), int(e["offset"]) + int(e["count"])) for e in entries[:20 * most]])
+    entries = stickers.index[items[:20 * most]]
+    frames = np.concatenate([np.arange(e["offset"], e["offset"] + e["count"], dtype=np.int64) for e in entries])
     if len(frames) > most:
         frames = np.sort(np.random.default_rng([seed, 6]).choice(frames, most, replace=False))
-    device = vae.mean.device
-    parts = [vae.moments(torch.from_numpy(np.array(stickers.frames[chunk])).to(device).float() / 255)[0]
+    parts = [vae.moments(torch.from_numpy(np.array(stickers.frames[chunk])).to(vae.mean.device).float() / 255)[0]
              for chunk in np.array_split(frames, max(1, len(frames) // 64))]
     vae.set_statistics(torch.cat(parts))
 
 
-def validation_batch(stickers, items, text, args, cfg, count=48):
-    """Fixed clips, noise, steps and masks: `count` of them, tasks in turn, so that checkpoints and runs can be compared."""
+def validation_batch(stickers, items, text, tasks, frames, count=48):
+    """Fixed clips, noise, steps and masks, so that updates and runs can be compared -> (kwargs, task numbers).
+
+    Every task of `tasks` sees the same clips and the same noise steps, spread evenly; about `count` in all.
+    """
     fixed = argparse.Namespace(seed=1234, drop=0.0, word_drop=0.0)
-    moving = items[stickers.index["count"][items] > 1] if len(items) else items
-    moving = moving if len(moving) else items
-    clips = Clips(stickers, moving, fixed.seed, cfg.frames)
-    kwargs, groups = [], []
-    for i, task in enumerate(t for t in TASKS for _ in range(-(-count // len(TASKS)))):
-        one = Curriculum("none", 1, GENERATION + (task,))
-        weights = np.array([0.0] * len(GENERATION) + [1.0])
-        row = clips[i % max(count // len(TASKS), 1)]                        # every task sees the same clips ...
-        k, g = finish(collate([(*row[:3], i)]), text, one, weights if row[1] > 1 else one.weights(0), fixed, cfg.frames)
-        k["t"] = torch.tensor([int((i % max(count // len(TASKS), 1) + 0.5) * 1000 * len(TASKS) / count) % 1000])  # ... and steps
-        kwargs.append(k)
-        groups.append(g)
-    join = {k: torch.cat([x[k] for x in kwargs]) if isinstance(kwargs[0][k], torch.Tensor) else
-            [torch.cat(y) for y in zip(*(x[k] for x in kwargs))] for k in kwargs[0]}
-    return join, torch.cat(groups)
+    moving = items[stickers.index["count"][items] > 1]
+    clips = Clips(stickers, moving if len(moving) else items, fixed.seed, frames)
+    each, parts = max(count // len(tasks), 1), []
+    for i, task in enumerate(tasks):
+        for j in range(each):
+            clip, n, caption, _ = clips[j]
+            if allowed(task, n):
+                one = np.eye(len(TASKS))[TASKS.index(task)]
+                kwargs, group = finish(collate([(clip, n, caption, i * each + j)]), text, Curriculum("none", 1), one, fixed,
+                                       frames)
+                kwargs["t"] = torch.tensor([int((j + 0.5) * 1000 / each)])
+                parts.append((kwargs, group))
+
+    def join(values):
+        return [torch.cat(x) for x in zip(*values)] if isinstance(values[0], list) else torch.cat(values)
+
+    return {key: join([kwargs[key] for kwargs, _ in parts]) for key in parts[0][0]}, join([g for _, g in parts])
 
 
 @torch.no_grad()
 def validate(module, batch, groups, ctx, chunk=8):
     """-> {"loss", task: loss per real frame} of the module's present weights on the fixed batch."""
-    was = module.training
+    was, losses = module.training, []
     module.eval()
-    losses = []
     for i in range(0, len(groups), chunk):
-        part = {k: to_device(v[i:i + chunk] if isinstance(v, torch.Tensor) else [y[i:i + chunk] for y in v], ctx.device) for k, v in batch.items()}
+        part = {k: [y[i:i + chunk] for y in v] if isinstance(v, list) else v[i:i + chunk] for k, v in batch.items()}
         with ctx.autocast():
-            losses.append(module(**part).float().cpu())
+            losses.append(module(**to_device(part, ctx.device)).float().cpu())
     module.train(was)
     losses, real = torch.cat(losses), batch["frame_mask"].float().mean(1)
-    out = {"loss": float(losses.sum() / real.sum())}
-    return out | {t: float(losses[groups == i].sum() / real[groups == i].sum()) for i, t in enumerate(TASKS) if (groups == i).any()}
+    split = {t: groups == i for i, t in enumerate(TASKS) if (groups == i).any()}
+    return {"loss": float(losses.sum() / real.sum())} | {t: float(losses[x].sum() / real[x].sum()) for t, x in split.items()}
 
 
 def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
+    """-> finished? Leaves last.pt, log.jsonl and, when finished, samples.png, one sticker per mode and loss.png."""
     torch.manual_seed(args.seed)
     model = RDTF(cfg, args.text_encoder).to(ctx.device)
     if ctx.main:
@@ -585,92 +719,90 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
     model.net.checkpointing = args.checkpointing
     if args.compile:
         model.net.compile()                                                 # in place: state-dict names stay as they are
-    tasks = tuple(args.tasks.split(","))
-    stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames), args, ctx, args.steps, args.batch_size, args.accumulation,
-                      args.lr, args.warmup, args.schedule, curriculum=Curriculum(args.curriculum, args.steps, tasks))
-    extra = {"config": asdict(cfg), "args": vars(args), "fingerprint": stickers.meta["fingerprint"], "vae": {k: v.cpu() for k, v in vae.state_dict().items()},
-             "vae_id": vae.id, "text_encoder": list(args.text_encoder)}
-    shown = held_items if len(held_items) else train_items
-    val, val_groups = validation_batch(stickers, shown, model.text, args, cfg)
+    stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames), args, ctx)
+    extra = {"config": asdict(cfg), "args": vars(args), "fingerprint": stickers.meta["fingerprint"],
+             "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.id,
+             "text_encoder": list(args.text_encoder)}
+    shown, tasks = held_items if len(held_items) else train_items, args.tasks.split(",")
+    if ctx.main and not len(held_items):
+        print("note: no sticker is held out; evaluation and samples use training stickers")
+    fixed = validation_batch(stickers, shown, model.text, tasks, cfg.frames)
 
     def evaluate(step, ema):
         with ema_weights(model, ema):
-            values = validate(model, val, val_groups, ctx)
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": step, "stage": "eval", **values}) + "\n")
+            write_line(out / "log.jsonl", {"step": step, "stage": "eval", **validate(model, *fixed, ctx)})
 
-    def show(step, ema):
+    def show(step, ema, name="samples-{:07d}", stickers_too=False):
         with ema_weights(model, ema):
-            sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, out, f"samples-{step:07d}", ctx)
+            sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, tasks, out, name.format(step), ctx, stickers_too)
 
     ema, finished = fit(stage, out, extra, callbacks=[(args.eval_every, evaluate), (args.sample_every, show)])
-    if args.dry_run or not ctx.main:
-        return finished
-    if finished:
-        evaluate(args.steps, ema)
-        with ema_weights(model, ema):
-            sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, out, "samples", ctx, stickers_too=True)
-        plot_log(out / "log.jsonl", out / "loss.png")
+    if finished and ctx.main:
+        if (out / "loss.png").exists() and (out / "samples.png").exists():
+            print(f"{out / stage.file} has all its {args.steps} updates already; raise --steps to go on")
+        else:
+            show(args.steps, ema, "samples", stickers_too=True)
+            plot_log(out / "log.jsonl", out / "loss.png")
     return finished
 
 
-def sample_sheet(loaded, stickers, items, out, name, ctx, stickers_too=False, steps=25):
-    """Contact sheet of fixed inputs in every mode: truth, then what the network makes of it; given frames as they are."""
+@torch.no_grad()
+def sample_sheet(loaded, stickers, items, tasks, out, name, ctx, stickers_too=False, steps=25):
+    """Contact sheet of fixed inputs: what is stored of them, then what the network makes in each mode it is trained for."""
     was = loaded.model.training
     loaded.model.eval()
+    modes = [t for t in ("t2v", "it2v", "predict_post", "interpolate") if t in tasks] or tasks
     moving = [i for i in items if stickers.index["count"][i] > 1][:2] or list(items[:1])
-    clips = [draw_clip(stickers, i, np.random.default_rng([7, int(i)]), loaded.cfg.frames) for i in moving]
     rows, labels = [], []
-    with torch.no_grad():
-        z = torch.from_numpy(np.stack([c for c, _ in clips])).to(ctx.device)
-        truth = torch.stack([loaded.vae.decode(x) for x in z]).cpu()
-    for j, (item, (_, n)) in enumerate(zip(moving, clips)):
+    for j, item in enumerate(moving):
+        z, n = draw_clip(stickers, item, np.random.default_rng([7, int(item)]), loaded.cfg.frames)
+        truth = loaded.vae.decode(torch.from_numpy(z).to(ctx.device))
         caption = stickers.caption(item)
-        rows.append(truth[j, :n])
+        rows.append(to_straight(truth[:n].cpu()))
         labels.append(f"truth: {caption}")
-        for task in ("t2v", "it2v", "predict_post", "interpolate"):
-            if n < 2 and task not in GENERATION:
-                continue
-            cond, real = make_masks(task, n, loaded.cfg.frames, at={"predict_post": max(1, n // 2)}.get(task, 0))
-            clip = sample_clips(loaded, [caption], truth[j:j + 1].to(ctx.device), cond[None], real[None], steps=steps, sampler="dpm", seeds=[j])
-            rows.append(clip[0, :n].cpu())
+        for task in (t for t in modes if allowed(t, n)):
+            cond, real = make_masks(task, n, loaded.cfg.frames, at=choices(task, n)[0])
+            clip = sample_clips(loaded, ["" if task == "i2v" else caption], truth[None], cond[None], real[None],
+                                steps=steps, sampler="dpm", seeds=[j])
+            rows.append(to_straight(clip[0, :n].cpu()))
             labels.append(task)
             if stickers_too and j == 0:
-                write_sticker(out / f"{task}.webp", to_straight(clip[0, :n].cpu()), 125)
-    save_sheet(out / f"{name}.png", [to_straight(r) for r in rows], labels)
+                write_sticker(out / f"{task}.webp", rows[-1], 125)
+    save_sheet(out / f"{name}.png", rows, labels)
     loaded.model.train(was)
 
 
 def plot_log(log_path, png):
     """Losses over updates: training (grey dots) and held-out per task (lines), logarithmic."""
     lines = [json.loads(x) for x in Path(log_path).read_text().splitlines()]
-    train = [(x["step"], x["loss"]) for x in lines if x["stage"] == "main"]
-    evals = {t: [(x["step"], x[t]) for x in lines if x["stage"] == "eval" and t in x] for t in TASKS}
-    series = [("train", "#999999", train)] + [(t, c, evals[t]) for t, c in zip(TASKS, ("#d62728", "#ff7f0e", "#8c564b", "#1f77b4", "#17becf", "#2ca02c"))]
-    points = [p for _, _, s in series for p in s if p[1] > 0 and math.isfinite(p[1])]
+    colours = ("#d62728", "#ff7f0e", "#8c564b", "#1f77b4", "#17becf", "#2ca02c")
+    series = [("train", "#999999", [(x["step"], x["loss"]) for x in lines if x["stage"] == "main"])]
+    series += [(t, c, [(x["step"], x[t]) for x in lines if x["stage"] == "eval" and t in x])
+               for t, c in zip(TASKS, colours)]
+    series = [(name, colour, [p for p in s if p[1]]) for name, colour, s in series]          # null: was not finite
+    points = [p for _, _, s in series for p in s]
     if not points:
         return
     w, h, m = 800, 480, 50
-    x1, lo, hi = max(p[0] for p in points), math.log10(min(p[1] for p in points)), math.log10(max(p[1] for p in points))
-    hi = hi if hi > lo else lo + 1
+    right, logs = max(p[0] for p in points), [math.log10(p[1]) for p in points]
+    low, high = min(logs), max(max(logs), min(logs) + 1e-3)
     image = Image.new("RGB", (w, h), "white")
     draw = ImageDraw.Draw(image)
 
     def place(p):
-        return m + (w - 2 * m) * p[0] / x1, h - m - (h - 2 * m) * (math.log10(max(p[1], 1e-12)) - lo) / (hi - lo)
+        return m + (w - 2 * m) * p[0] / right, h - m - (h - 2 * m) * (math.log10(p[1]) - low) / (high - low)
 
     draw.rectangle((m, m, w - m, h - m), outline="#444444")
     for i in range(5):
-        v = lo + (hi - lo) * i / 4
-        draw.text((4, place((0, 10 ** v))[1] - 6), f"{10 ** v:.3f}", fill="#444444")
-        draw.text((m + (w - 2 * m) * i / 4 - 10, h - m + 6), f"{int(x1 * i / 4)}", fill="#444444")
+        v = 10 ** (low + (high - low) * i / 4)
+        draw.text((4, place((0, v))[1] - 6), f"{v:.3f}", fill="#444444")
+        draw.text((m + (w - 2 * m) * i / 4 - 10, h - m + 6), f"{right * i // 4}", fill="#444444")
     for i, (name, colour, s) in enumerate(series):
-        s = [place(p) for p in s if math.isfinite(p[1]) and p[1] > 0]
         if name == "train":
-            for x, y in s:
+            for x, y in map(place, s):
                 draw.ellipse((x - 1, y - 1, x + 1, y + 1), fill=colour)
         elif len(s) > 1:
-            draw.line(s, fill=colour, width=2)
+            draw.line([place(p) for p in s], fill=colour, width=2)
         draw.text((m + 8 + 105 * i, m - 18), name, fill=colour)
     draw.text((w // 2 - 60, h - 18), "loss per real frame, over updates", fill="#444444")
     image.save(png)
@@ -678,15 +810,20 @@ def plot_log(log_path, png):
 
 def print_parts(model, vae):
     net = model.net
-    parts = {"condition encoder": net.condition_encoder, "transformer_in": net.transformer_in, "down": net.down, "mid": net.mid, "up": net.up,
-             "text": model.text, "autoencoder (frozen)": vae}
+    parts = {"condition encoder": net.condition_encoder, "transformer_in": net.transformer_in, "down": net.down,
+             "mid": net.mid, "up": net.up, "DFGN": net, "text": model.text, "autoencoder (frozen)": vae}
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
-    count["rest of DFGN"] = sum(p.numel() for p in net.parameters()) - sum(count[k] for k in list(parts)[:5])
     print("parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in count.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Start
+
+LOWEST = {"steps": 1, "batch_size": 1, "accumulation": 1, "vae_steps": 0, "vae_batch_size": 1, "log_every": 1, "patience": 1,
+          "min_frames": 1, "warmup": 0, "workers": 0, "save_every": 0, "keep_every": 0, "sample_every": 0, "eval_every": 0,
+          "max_updates": 0, "seed": 0, "lr": 0, "vae_lr": 0, "vae_kl": 0, "weight_decay": 0, "grad_clip": 0, "ema": 0,
+          "drop": 0, "word_drop": 0}
+HIGHEST = {"ema": 1, "drop": 0.5, "word_drop": 1}
 
 
 def resolve(args):
@@ -697,23 +834,21 @@ def resolve(args):
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.preset}"
-    for name in ("steps", "batch_size", "accumulation", "vae_batch_size", "log_every", "patience", "min_frames"):
-        if getattr(args, name) < 1:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    tasks = args.tasks.split(",")
-    if not set(tasks) <= set(TASKS):
+    for key, low in LOWEST.items():
+        value, high = getattr(args, key), HIGHEST.get(key, math.inf)
+        if not low <= value <= high:
+            raise DataError(f"--{key.replace('_', '-')} {value}: choose {low} to {high}" if key in HIGHEST else
+                            f"--{key.replace('_', '-')} {value}: must be at least {low}")
+    if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
-    settings = dict(PRESETS[args.preset], temporal=args.temporal)
+    settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())
     if args.text_encoder:
-        from rdtf import FrozenText
         probe = FrozenText(Config(**settings), args.text_encoder)
         try:
             probe.load()
         except (ImportError, OSError, ValueError) as e:
-            raise DataError(f"--text-encoder: {str(e).splitlines()[0]}")
+            raise DataError(f"--text-encoder: {first_line(e)}")
         settings["text_dims"] = probe.widths()
-    elif PRESETS[args.preset].get("text_dims"):
-        settings["text_dims"] = ()
     return args, Config(**settings)
 
 
@@ -722,79 +857,69 @@ def choose_items(stickers, args):
     keep = stickers.index["count"] >= args.min_frames
     if not set(args.tasks.split(",")) & set(GENERATION):
         keep &= stickers.index["count"] > 1                                 # nothing to predict or interpolate in a still
-    train, held = (np.array([i for i in stickers.select(s) if keep[i]], dtype=np.int64) for s in ("train", "held_out"))
+    train, held = (x[keep[x]] for x in (stickers.select("train"), stickers.select("held_out")))
     if not len(train):
         raise DataError(f"--data {args.data}: no sticker is left to train on; lower --min-frames or widen --tasks")
     return train, held
 
 
-def run(args):
-    args, cfg = resolve(args)
-    ctx, out = Context(args), Path(args.out)
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, on_signal)
-    stickers = open_stickers(args.data, cfg.size)
-    train, held = choose_items(stickers, args)
-    if ctx.main and not args.dry_run:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise DataError(f"--out {out}: cannot be made ({e.strerror})")
-    if ctx.main:
-        print(json.dumps({"config": asdict(cfg), "flags": vars(args)}))
-        batch = args.batch_size * args.accumulation * ctx.world
-        print(f"{len(train)} training stickers ({int((stickers.index['count'][train] == 1).sum())} static), {len(held)} held out; "
-              f"{ctx.world} process(es) x batch {args.batch_size} x accumulation {args.accumulation} = {batch} clips per update, "
-              f"{args.steps} updates = {args.steps * batch / len(train):.1f} epochs; {ctx.device}, {'bf16 autocast' if ctx.bf16 else 'fp32'}")
-    vae = get_vae(cfg, stickers, train, args, ctx, out)
-    if vae is None or args.stage == "vae":
-        done = vae is not None
-        if ctx.main:
-            print(f"autoencoder: {out / 'vae.pt'}" if done else f"stopped; the same command goes on from {out}")
-        return
-    stickers = stickers.encode(vae)
-    finished = train_main(cfg, vae, stickers, train, held, args, ctx, out)
-    if ctx.main and args.dry_run:
-        print_plan(args, ctx)
-    elif ctx.main and finished:
-        print(f"done: {out / 'last.pt'}, {out / 'samples.png'}, {out / 'loss.png'}. Next:\n"
-              f"  python sample.py --ckpt {out / 'last.pt'} --text \"{stickers.caption(int(train[0]))}\" --seeds 0-3")
-    elif ctx.main:
-        print(f"stopped; the same command goes on from {out / 'last.pt'}")
-
-
 def get_vae(cfg, stickers, items, args, ctx, out):
+    """-> the autoencoder of the run: --vae, else trained (--dry-run: as it starts); None if its training was stopped."""
     if args.vae:
         if not Path(args.vae).exists():
             raise DataError(f"--vae {args.vae}: no such file")
         try:
             vae = load_vae(args.vae)
-        except Exception as e:
-            raise DataError(f"--vae {args.vae}: not an autoencoder that can be opened ({str(e).splitlines()[0]})")
+        except Exception as e:                                              # whatever a broken file makes torch raise
+            raise DataError(f"--vae {args.vae}: not an autoencoder that can be opened ({first_line(e)})")
         if (vae.f, vae.latent_channels) != (cfg.f, cfg.latent_channels):
-            raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset {args.preset} needs f = {cfg.f} with {cfg.latent_channels}")
-        for key, value in vae.settings.items():                             # the checkpoint's configuration describes this one
+            raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset {args.preset} "
+                            f"needs f = {cfg.f} with {cfg.latent_channels}")
+        for key, value in vae.settings.items():                             # the configuration describes this one
             setattr(cfg, key, value)
         return vae.to(ctx.device)
     if stickers.meta["kind"] == "latents":
         raise DataError(f"--data {args.data}: holds latents; name their autoencoder with --vae")
+    if args.dry_run and args.stage == "auto":
+        return AutoencoderKL(cfg).to(ctx.device).eval().requires_grad_(False)
     if cfg.vae_channels == 3:
-        raise DataError(f"--preset {args.preset} uses Stable Diffusion's autoencoder: give its weights with --vae FILE.safetensors")
+        raise DataError(f"--preset {args.preset} uses Stable Diffusion's autoencoder: give it with --vae FILE.safetensors")
+    if args.vae_steps < 1:
+        raise DataError("--vae-steps 0: without --vae there must be at least 1")
     return train_vae(cfg, stickers, items, args, ctx, out)
 
 
-def print_plan(args, ctx):
-    seconds = sorted(fit.times)[len(fit.times) // 2]
-    memory = f", peak {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB on the GPU" if ctx.device.type == "cuda" else ""
-    print(f"plan: {seconds:.2f} s per update (median of {len(fit.times)}){memory}; {args.steps} updates take about "
-          f"{args.steps * seconds / 3600:.1f} hours. Nothing was written.")
-
-
-def on_signal(number, frame):
-    if STOP["signal"]:
-        raise KeyboardInterrupt
-    STOP["signal"] = 1
-    print("\nstopping after this update; once more to stop at once", file=sys.stderr)
+def run(args):
+    STOP["since"] = 0.0
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, on_signal)
+    args, cfg = resolve(args)
+    ctx, out = Context(args), Path(args.out)
+    if ctx.main and not args.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+    stickers = open_stickers(args.data, cfg.size)
+    train, held = choose_items(stickers, args)
+    if ctx.main:
+        batch = args.batch_size * args.accumulation * ctx.world
+        print(json.dumps({"config": asdict(cfg), "flags": vars(args)}))
+        print(f"{len(train)} training stickers ({int((stickers.index['count'][train] == 1).sum())} static), {len(held)} "
+              f"held out; {ctx.world} process(es) x batch {args.batch_size} x accumulation {args.accumulation} = {batch} "
+              f"clips per update, {args.steps} updates = {args.steps * batch / len(train):.1f} epochs; {ctx.device}, "
+              f"{'bf16 autocast' if ctx.bf16 else 'fp32'}")
+    if args.dry_run:                                                        # a few stickers tell as much about time
+        train, held = train[:8], held[:0]
+        end = stickers.index[train[-1]]
+        stickers = Stickers(stickers.frames[:int(end["offset"]) + int(end["count"])], stickers.index[:train[-1] + 1],
+                            stickers.text, stickers.meta)
+    vae = get_vae(cfg, stickers, train, args, ctx, out)
+    if vae is not None and args.stage == "auto":
+        finished = train_main(cfg, vae, stickers.encode(vae), train, held, args, ctx, out)
+        done = f"done: {out / 'last.pt'}, {out / 'samples.png'}, {out / 'loss.png'}. Next:\n  python sample.py --ckpt " \
+               f"{shlex.quote(str(out / 'last.pt'))} --text {shlex.quote(stickers.caption(int(train[0])))} --seeds 0-3"
+    else:
+        finished, done = vae is not None, f"done: {out / 'vae.pt'}. Next: the same command without --stage vae"
+    if ctx.main and not args.dry_run:
+        print(done if finished else f"stopped; the same command goes on from {out}")
 
 
 def main():
@@ -804,6 +929,17 @@ def main():
     except DataError as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        print(f"train.py: {e.filename or args.out}: {e.strerror or e}; is there room, and may you write there?",
+              file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"train.py: out of memory ({first_line(e)}); lower --batch-size and raise --accumulation, or add "
+              f"--checkpointing", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
