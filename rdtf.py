@@ -892,12 +892,12 @@ def guidance_weights(text_scale, image_scale, has_text, has_image):
 
 
 def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, image_scale, has_text=True,
-               rescale=0.0):
-    """-> eps(x, t): guided noise prediction with everything that is constant over the steps computed here,
-    once.
+               rescale=0.0, noise=None):
+    """-> eps(x, t): guided noise prediction with everything that is constant over the steps computed here, once.
 
-    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the
-    guided prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16).
+    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the guided
+    prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16). noise, like cond: the given frames enter
+    every step as q_sample(cond, noise, t), just as the network saw them in training (ours); None: they are denoised too.
     """
     weights = guidance_weights(text_scale, image_scale, has_text, bool(cond_mask.any()))
     context = {k: model.text(text if k else negative) for k in {key[0] for key in weights}}
@@ -910,6 +910,8 @@ def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, i
     w = torch.tensor([weights[k] for k in keys], device=cond.device).view(n, 1, 1, 1, 1, 1)
 
     def eps(x, t):
+        if noise is not None:
+            x = torch.where(cond_mask[:, :, None, None, None], q_sample(cond, noise, t, model.abar), x)
         out = model.net(x.repeat(n, 1, 1, 1, 1), t.repeat(n), condition=constant).unflatten(0, (n, b))
         guided = (w * out).sum(0)
         if rescale and n > 1:

@@ -106,8 +106,9 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
     bf16 = precision == "bf16" or precision == "auto" and device.type == "cuda"
     text = [to_device(model.text.tokenize(c), device) for c in (list(captions), [negative] * b)]
     with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-        eps = guided_eps(model, *text, z, cond, real, text_scale, image_scale, any(captions), rescale)
-        x = sample(eps, noise_like(shape, gens, device), steps, sampler, eta, lambda: noise_like(shape, gens, device), progress)
+        x = noise_like(shape, gens, device)
+        eps = guided_eps(model, *text, z, cond, real, text_scale, image_scale, any(captions), rescale, noise=x)
+        x = sample(eps, x, steps, sampler, eta, lambda: noise_like(shape, gens, device), progress)
     clip = torch.stack([vae.decode(row) for row in x])
     clip = torch.where(cond[:, :, None, None, None], frames, clip)
     return torch.where(real[:, :, None, None, None], clip, 0.0)
