@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import data  # noqa: E402
 import features  # noqa: E402
 from data import DataError  # noqa: E402
@@ -645,9 +645,9 @@ def procedural(count, first, size):
 
 
 def agreement(clips, truths):
-    """1.0 where the attribute read off a clip is the wanted one -> {attribute: (n,)}."""
+    """1.0 where the attribute read off a clip is the wanted one -> {attribute: (n,)}. Empty clips have none."""
     import attributes
-    read = [attributes.read_attributes(to_uint8(clip)) for clip in clips]
+    read = [attributes.read_attributes(to_uint8(clip)) if clip[..., 3].max() > 0.1 else {} for clip in clips]
     return {key: np.array([float(r.get(key) == t[key]) for r, t in zip(read, truths)]) for key in ATTRIBUTES}
 
 
