@@ -41,7 +41,7 @@ class Config:
     frames: int = 8                       # F, frames of a clip (fixed: STI's detail branch has F channels)
     # DFGN
     latent_channels: int = 16
-    widths: tuple = (96, 128)             # channels per level; the last level has no attention
+    widths: tuple = (64, 128)             # channels per level; the last level has no attention
     layers: int = 1                       # layers per down level; up levels have one more
     head_dim: int = 32
     context_dim: int = 128                # width of the text tokens
