@@ -1,12 +1,12 @@
 """Train RDTF: first the autoencoder (unless one is given), then DFGN with dual masks and the curriculum.
 
-    python train.py                                          # built-in stickers, preset tiny, CPU or whatever is there
+    python train.py                                 # built-in stickers, preset tiny, CPU or whatever is there
     torchrun --nproc_per_node 8 train.py --preset base --data data/fluent --out runs/fluent
-    python train.py --dry-run --preset base                  # the plan: parameters, memory, time; nothing is written
+    python train.py --dry-run --preset base           # the plan: parameters, memory, time; nothing is written
     python train.py --stage vae --data data/fluent           # the autoencoder only
 
-The same command resumes where it was stopped, also after kill -9. Every draw is a pure function of (seed, update, global
-sample index) and of the saved loss history, so neither processes, nor accumulation, nor workers change the run.
+The same command resumes where it was stopped, also after kill -9. Every draw is a pure function of the seed,
+the global sample index and the saved loss history: processes, accumulation and workers do not change the run.
 """
 
 import argparse
@@ -43,9 +43,9 @@ RECIPES = {  # what the flags of a preset default to
                  vae_steps=900, vae_batch_size=16),
     "base": dict(steps=100_000, batch_size=16, lr=2e-4, ema=0.9999, warmup=1000, schedule="cosine",
                  vae_steps=20_000, vae_batch_size=32),
-    # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5 constant; Stable Diffusion's autoencoder
-    "paper": dict(steps=50_000, batch_size=1, accumulation=6, lr=1e-5, ema=0.9999, warmup=0, schedule="constant",
-                  vae_steps=0, vae_batch_size=8),
+    # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5; Stable Diffusion's autoencoder
+    "paper": dict(steps=50_000, batch_size=1, accumulation=6, lr=1e-5, ema=0.9999, warmup=0,
+                  schedule="constant", vae_steps=0, vae_batch_size=8),
 }
 
 
@@ -96,30 +96,32 @@ def parser():
     a("--workers", type=int, default=0,
       help="loader processes, 0 = load in the main process (enough for stores)")
     a("--save-every", type=int, default=200, help="updates between checkpoints, 0 = only at the end")
-    a("--keep-every", type=int, default=0, help="updates between numbered checkpoints that are kept, 0 = none")
+    a("--keep-every", type=int, default=0, help="updates between numbered checkpoints, 0 = none")
     a("--sample-every", type=int, default=0, help="updates between sample sheets, 0 = only at the end")
     a("--eval-every", type=int, default=100, help="updates between held-out losses, 0 = never")
     a("--log-every", type=int, default=10, help="updates between lines of log.jsonl")
     a("--patience", type=int, default=20, help="stop after this many non-finite losses in a row")
-    a("--max-updates", type=int, default=0, help="save and stop after this many updates of this start, 0 = no limit")
-    a("--tensorboard", action="store_true", help="also write TensorBoard events (needs the tensorboard package)")
+    a("--max-updates", type=int, default=0,
+      help="save and stop after this many updates of this start, 0 = no limit")
+    a("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
     a("--dry-run", action="store_true", help="print the plan and the time of three updates, write nothing")
     return p
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Where we run
 
 
 class Context:
-    """Device, ranks and precision, found by themselves. LOCAL_RANK picks the device, RANK the share of the work."""
+    """Device, ranks and precision. LOCAL_RANK picks the device, RANK the share of the work."""
 
     def __init__(self, args):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         local, kind = int(os.environ.get("LOCAL_RANK", 0)), args.device
         if kind == "auto":
-            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            mps = torch.backends.mps.is_available()
+            kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         try:
             self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
             torch.zeros(1, device=self.device)
@@ -142,21 +144,22 @@ class Context:
             x = torch.tensor([value, -value], device=self.device)
             dist.all_reduce(x, dist.ReduceOp.MAX)
             if int(x[0]) != -int(x[1]):
-                raise DataError(f"{what}: the processes see different files; use a folder that all machines share")
+                raise DataError(f"{what}: processes see different files; all machines must share it")
 
 
 def has_bf16(device):
     """Hardware with bf16 arithmetic; emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    cpu = torch.cpu
+    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 def first_line(error):
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples: everything about sample g of the run follows from (seed, g)
 
 
@@ -172,7 +175,7 @@ def item_of(items, seed, g):
 
 
 class Clips(Dataset):
-    """Global sample index g -> (clip (F, c, h, w) fp32, n, caption, g). What depends on the curriculum: `finish`."""
+    """Global sample index g -> (clip (F, c, h, w) fp32, n, caption, g). `finish` adds masks and noise."""
 
     def __init__(self, stickers, items, seed, frames):
         self.stickers, self.items, self.seed, self.frames = stickers, items, seed, frames
@@ -184,7 +187,7 @@ class Clips(Dataset):
 
 
 class Pictures(Dataset):
-    """Global sample index g -> (picture (4, h, w) premultiplied in [0, 1], g): a stored frame, mirrored half the time."""
+    """Global sample index g -> (picture (4, h, w) premultiplied in [0, 1], g), flipped half the time."""
 
     def __init__(self, stickers, items, seed):
         self.stickers, self.items, self.seed = stickers, items, seed
@@ -204,10 +207,10 @@ def collate(rows):
 
 
 def finish(batch, text, curriculum, weights, args, frames):
-    """Task, masks, dropping, noise and noise step of each clip -> keyword arguments of RDTF.forward, task numbers (b,).
+    """Task, masks, dropping, noise and noise step of each clip -> kwargs of RDTF.forward, task numbers (b,).
 
-    Text and given frames are dropped here and nowhere else (the release drops text for i2v; dropping for two-scale
-    guidance is ours: it needs (no text, no image) and (no text, image) to be trained).
+    Text and given frames are dropped here and nowhere else (the release drops text for i2v; dropping for
+    two-scale guidance is ours: it needs (no text, no image) and (no text, image) to be trained).
     """
     clips, ns, captions, gs = batch
     tasks, texts, cond, real, t, noise = [], [], [], [], [], []
@@ -223,13 +226,14 @@ def finish(batch, text, curriculum, weights, args, frames):
         real.append(frame)
         t.append(int(rng.integers(1000)))
         noise.append(rng.standard_normal(clips.shape[1:], dtype=np.float32))
-    return dict(x0=clips, noise=torch.from_numpy(np.stack(noise)), t=torch.tensor(t), text=text.tokenize(texts),
-                cond_mask=torch.from_numpy(np.stack(cond)), frame_mask=torch.from_numpy(np.stack(real))), \
-        torch.tensor(tasks)
+    noise, cond, real = (torch.from_numpy(np.stack(x)) for x in (noise, cond, real))
+    kwargs = dict(x0=clips, noise=noise, t=torch.tensor(t), text=text.tokenize(texts), cond_mask=cond,
+                  frame_mask=real)
+    return kwargs, torch.tensor(tasks)
 
 
 def global_indices(step, micro, batch, accumulation, ctx):
-    """The sample indices of this process in micro-step `micro` of update `step`: a slice of the update's samples."""
+    """The samples of this process in micro-step `micro` of update `step`: a slice of the update's."""
     first = (step * accumulation + micro) * batch * ctx.world + ctx.rank * batch
     return list(range(first, first + batch))
 
@@ -243,12 +247,12 @@ def to_device(x, device):
     return None if x is None else x.to(device, non_blocking=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain dicts of tensors, numbers and strings
 
 
 def save_checkpoint(path, data):
-    """Write beside, fsync, rename: whatever happens, `path` is a whole checkpoint, the old one or the new one."""
+    """Write beside, fsync, rename: whatever happens, `path` is a whole checkpoint, the old or the new one."""
     path = Path(path)
     partial = path.with_name(path.name + ".tmp")
     try:
@@ -257,22 +261,22 @@ def save_checkpoint(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:                                    # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:                           # torch reports a full disk as RuntimeError
         partial.unlink(missing_ok=True)
         cause = e if isinstance(e, OSError) else e.__context__ or e
-        raise DataError(f"{path}: cannot be written ({first_line(cause)}); the checkpoint before is intact. Make room "
-                        f"on the disk and run the same command again")
+        raise DataError(f"{path}: cannot be written ({first_line(cause)}); the checkpoint before is intact. "
+                        f"Make room on the disk and run the same command again")
 
 
 def load_checkpoint(path, stage):
     """-> dict; opens tensors and numbers only (a pickle that wants to run code is refused)."""
     try:
         data = read_weights(path)
-    except Exception as e:                                                  # whatever a broken file makes torch raise
-        raise DataError(f"{path}: not a checkpoint that can be opened safely ({type(e).__name__}); move it away or "
-                        f"choose another --out")
+    except Exception as e:                                          # whatever a broken file makes torch raise
+        raise DataError(f"{path}: not a checkpoint that can be opened safely ({type(e).__name__}); move it "
+                        f"away or choose another --out")
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("stage") != stage:
-        raise DataError(f"{path}: not a {stage} checkpoint of format {FORMAT}; move it away or choose another --out")
+        raise DataError(f"{path}: no {stage} checkpoint of format {FORMAT}; choose another --out")
     return data
 
 
@@ -285,8 +289,8 @@ def check_config(path, saved, config, stage):
     for key, value in config.items():
         vae = key.startswith("vae_") or key in ("size", "latent_channels")
         if key not in ("text_scale", "image_scale") and (vae or stage == "main") and old.get(key) != value:
-            raise DataError(f"{path}: made with {key} = {old.get(key)}, this run has {value}; choose another --out, or "
-                            f"the --preset and flags it was made with")
+            raise DataError(f"{path}: made with {key} = {old.get(key)}, this run has {value}; choose "
+                            f"another --out, or the --preset and flags it was made with")
 
 
 def write_line(path, line):
@@ -316,12 +320,12 @@ def trim_log(path, stage, step):
     os.replace(partial, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop. Both stages run through it.
 
 
 def learning_rate(step, peak, warmup, schedule, steps):
-    """At an update (from 0): linear warm-up, then constant (paper) or half a cosine to a twentieth of the peak (ours)."""
+    """At an update (from 0): linear warm-up, then constant (paper) or half a cosine to peak / 20 (ours)."""
     ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if schedule == "constant":
         return peak * ramp
@@ -334,10 +338,10 @@ def ema_decay(step, decay):
 
 
 class MainStage:
-    """DFGN. What `fit` needs to know of a stage: names, numbers, module(**kwargs) -> losses (b,), and batch()."""
+    """DFGN. What `fit` needs of a stage: names, numbers, module(**kwargs) -> losses (b,), batch()."""
 
     name, file = "main", "last.pt"
-    groups = TASKS + ("q1", "q2", "q3", "q4")        # what losses are split by: tasks, quartiles of the noise step
+    groups = TASKS + ("q1", "q2", "q3", "q4")   # what losses are split by: tasks, quartiles of the noise step
 
     def __init__(self, model, dataset, args, ctx):
         self.module, self.dataset, self.args, self.ctx = model, dataset, args, ctx
@@ -346,9 +350,9 @@ class MainStage:
         self.curriculum = Curriculum(args.curriculum, args.steps, args.tasks.split(","))
 
     def batch(self, raw, step):
-        """-> kwargs of the module, and a (b, groups) table of how much each clip's loss counts for each group."""
-        weights = self.curriculum.weights(step)
-        kwargs, tasks = finish(raw, self.module.text, self.curriculum, weights, self.args, self.module.cfg.frames)
+        """-> kwargs of the module, (b, groups) table of how much each clip's loss counts for each group."""
+        cur, text, frames = self.curriculum, self.module.text, self.module.cfg.frames
+        kwargs, tasks = finish(raw, text, cur, cur.weights(step), self.args, frames)
         # reported per real frame: the training loss weighs a clip by its n / F
         real, rows = kwargs["frame_mask"].float().mean(1), torch.arange(len(tasks))
         table = torch.zeros(len(tasks), len(self.groups))
@@ -369,8 +373,8 @@ class VAEStage:
         self.curriculum = Curriculum("none", args.vae_steps)                # it keeps the loss history
 
     def batch(self, raw, step):
-        x, gs = raw
-        shape = (self.module.vae.latent_channels, x.shape[2] // self.module.vae.f, x.shape[3] // self.module.vae.f)
+        (x, gs), vae = raw, self.module.vae
+        shape = (vae.latent_channels, x.shape[2] // vae.f, x.shape[3] // vae.f)
         noise = [np.random.default_rng([self.args.seed, 5, g]).standard_normal(shape, np.float32) for g in gs]
         return dict(x=x, noise=torch.from_numpy(np.stack(noise))), torch.zeros(len(gs), 0)
 
@@ -390,7 +394,7 @@ class Indices:
 
 
 class Log:
-    """Gathers the statistics of updates; every --log-every of them become a line of log.jsonl and of the progress bar."""
+    """Statistics of updates; every --log-every of them become a line of log.jsonl and of the progress bar."""
 
     def __init__(self, stage, out, start, window):
         self.stage, self.path, self.every, ctx = stage, out / "log.jsonl", stage.args.log_every, stage.ctx
@@ -399,11 +403,11 @@ class Log:
         self.writer = tensorboard(out) if stage.args.tensorboard and self.writes else None
         if self.writes:
             trim_log(self.path, stage.name, start)
-        self.bar = tqdm(total=stage.steps, initial=start, desc=stage.name, disable=not self.writes, dynamic_ncols=True,
-                        mininterval=1.0)
+        self.bar = tqdm(total=stage.steps, initial=start, desc=stage.name, disable=not self.writes,
+                        dynamic_ncols=True, mininterval=1.0)
 
     def add(self, step, statistics, clock, waited):
-        """statistics: [loss, gradient norm, sum per group ..., weight per group ...]; clock: seconds of training."""
+        """statistics: [loss, gradient norm, sums per group, weights per group]; clock: seconds trained."""
         self.bar.update(1)
         self.window.append(statistics)
         self.updates, self.waited = self.updates + 1, self.waited + waited
@@ -416,9 +420,10 @@ class Log:
         ease = ""
         if k:
             mix = dict(zip(s.curriculum.tasks, s.curriculum.weights(step).round(4).tolist()))
-            line |= {"groups": {g: float(a / b) for g, a, b in zip(s.groups, sums, weights) if b > 0}, "mix": mix}
+            line["groups"] = {g: float(a / b) for g, a, b in zip(s.groups, sums, weights) if b > 0}
+            line["mix"] = mix
             ease = f" gen {100 * sum(mix.get(t, 0) for t in GENERATION):.0f}%"
-        # training only: what evaluation, sampling and saving take is not in it. data: share spent on making batches
+        # training only, without evaluation, sampling and saving; data: share of it spent on making batches
         seconds = max(clock - self.since, 1e-9)
         rate = self.updates * s.batch_size * s.accumulation * s.ctx.world / seconds
         line["time"] = {"seconds": round(seconds, 3), "samples_per_second": round(rate, 2),
@@ -450,11 +455,12 @@ STOP = {"since": 0.0}                                # when the first signal cam
 
 
 def on_signal(number, frame):
-    """SIGTERM, Ctrl-C: stop after this update. torchrun passes a Ctrl-C on, so that a second one at once means nothing."""
+    """SIGTERM, Ctrl-C: stop after this update. torchrun repeats a Ctrl-C: a quick second one is ignored."""
     now = time.monotonic()
     if not STOP["since"]:
         STOP["since"] = now
-        os.write(2, b"\nstopping after this update; Ctrl-C once more to stop at once\n")    # print may not be re-entered
+        # not print, which may have been interrupted and cannot be entered twice
+        os.write(2, b"\nstopping after this update; Ctrl-C once more to stop at once\n")
     elif number == signal.SIGINT and now - STOP["since"] > 2:
         raise KeyboardInterrupt
 
@@ -468,8 +474,8 @@ def quiet_worker(index):
 def fit(stage, out, extra, callbacks=()):
     """Train a stage to its last update, resuming from `out`/`stage.file`. -> (EMA dict, finished?).
 
-    extra: what the checkpoint carries besides (config, vae, ...). callbacks: (every, f(step, ema)), run by the main
-    process every so many updates and after the last; every = 0: never.
+    extra: what the checkpoint carries besides (config, vae, ..). callbacks: (every, f(step, ema)), run by the
+    main process every so many updates and after the last; every = 0: never.
     """
     args, ctx, cur = stage.args, stage.ctx, stage.curriculum
     module = stage.module.to(ctx.device).train()
@@ -482,7 +488,7 @@ def fit(stage, out, extra, callbacks=()):
         saved = load_checkpoint(path, stage.name)
         check_config(path, saved, extra["config"], stage.name)
         if saved.get("vae_id") != extra.get("vae_id"):
-            raise DataError(f"{path}: trained with another autoencoder; name it with --vae, or choose another --out")
+            raise DataError(f"{path}: made with another autoencoder; name that with --vae, or another --out")
         try:
             module.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
@@ -496,12 +502,14 @@ def fit(stage, out, extra, callbacks=()):
     ctx.agree(start, f"--out {out}")
     if start >= stage.steps:
         return ema, True
-    for group in optimizer.param_groups:                                    # flags win over what the checkpoint says
+    for group in optimizer.param_groups:                             # flags win over what the checkpoint says
         group["weight_decay"] = args.weight_decay
-    net = module if ctx.world == 1 else DDP(module, broadcast_buffers=False,
-                                            device_ids=[ctx.device.index] if ctx.device.type == "cuda" else None)
+    cuda = ctx.device.type == "cuda"
+    net = module
+    if ctx.world > 1:
+        net = DDP(module, device_ids=[ctx.device.index] if cuda else None, broadcast_buffers=False)
     loader = iter(DataLoader(stage.dataset, batch_sampler=Indices(stage, start), num_workers=args.workers,
-                             collate_fn=collate, pin_memory=ctx.device.type == "cuda", worker_init_fn=quiet_worker))
+                             collate_fn=collate, pin_memory=cuda, worker_init_fn=quiet_worker))
     global_batch, k = stage.batch_size * stage.accumulation * ctx.world, len(stage.groups)
     log, pending, bad = Log(stage, out, start, window), None, 0
 
@@ -510,7 +518,7 @@ def fit(stage, out, extra, callbacks=()):
         return to_device(kwargs, ctx.device), table.to(ctx.device, non_blocking=True)
 
     def update(step):
-        """One update of the weights -> ([loss, norm, groups..., stop] on the device, seconds spent on batches)."""
+        """One update of the weights -> [loss, norm, groups, stop] on the device, seconds spent on batches."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, stage.lr, stage.warmup, stage.schedule, stage.steps)
         stats, waited = torch.zeros(3 + 2 * k, device=ctx.device), 0.0
@@ -539,12 +547,12 @@ def fit(stage, out, extra, callbacks=()):
                                  1 - ema_decay(step, args.ema))
         stats[-1] = float(STOP["since"] > 0)
         if ctx.world > 1:
-            dist.all_reduce(stats)                                          # sums: every rank has its share of the mean
+            dist.all_reduce(stats)                                # sums: every rank has its share of the mean
         stats[1] = norm
         return stats, waited
 
     def read():
-        """The statistics of the update before: it is long done, so nobody waits for the GPU. -> stop? on all ranks."""
+        """The statistics of the update before, long done: nobody waits for the GPU. -> stop, on all ranks?"""
         nonlocal pending, bad
         if pending is None:
             return False
@@ -554,22 +562,23 @@ def fit(stage, out, extra, callbacks=()):
         bad = 0 if math.isfinite(values[0]) else bad + 1
         log.add(step, values, clock, waited)
         if bad >= args.patience or bad and step == stage.steps:
-            raise DataError(f"the loss was not finite for the last {bad} update(s), up to {step}; {path} was not touched "
-                            f"since. Lower --lr, raise --warmup or try --precision fp32, then run again")
+            raise DataError(f"the loss was not finite for the last {bad} update(s), up to {step}; {path} was "
+                            f"not touched since. Lower --lr, raise --warmup or try --precision fp32")
         return stop > 0
 
     def save(step, file=path):
         if ctx.main and bad == 0:
-            save_checkpoint(file, {"format": FORMAT, "stage": stage.name, "step": step, "model": module.state_dict(),
-                                   "ema": ema, "optimizer": optimizer.state_dict(), "curriculum": cur.state_dict(),
-                                   "window": log.window, **extra})
+            save_checkpoint(file, {
+                "format": FORMAT, "stage": stage.name, "step": step, "model": module.state_dict(), "ema": ema,
+                "optimizer": optimizer.state_dict(), "curriculum": cur.state_dict(),
+                "window": log.window, **extra})
 
     if args.dry_run:
         print_plan(stage, net, params, lambda: micro_batch(0)[0], update)
         return ema, False
     clock, last, step = 0.0, time.perf_counter(), start
     for step in range(start + 1, stage.steps + 1):
-        # -------------------------------------------------------------------------------------------- one update
+        # -------------------------------------------------------------------------------------------- one upd
         stats, waited = update(step - 1)
         stop = read()
         now = time.perf_counter()
@@ -580,10 +589,10 @@ def fit(stage, out, extra, callbacks=()):
         every = [n and step % n == 0 for n in (args.save_every, args.keep_every)]
         due = [f for n, f in callbacks if n and (final or step % n == 0)]
         if stop or limit or final or due or any(every):
-            stop = read() or stop                                           # the newest loss is part of what is saved
-            if stop:                                                        # who stops us may not wait for samples
+            stop = read() or stop                                   # the newest loss is part of what is saved
+            if stop:                                                   # who stops us may not wait for samples
                 save(step)
-            for f in due:                                                   # before saving: what a checkpoint has
+            for f in due:                                               # before saving: what a checkpoint has
                 if ctx.main:                                                # behind it is in the log
                     f(step, ema)
             if limit or final or every[0]:
@@ -615,7 +624,7 @@ def print_plan(stage, net, params, batch, update):
         began = time.perf_counter()
         update(i)[0].tolist()                                               # waits for the device
         times.append(time.perf_counter() - began)
-    weights = (20 if stage.args.ema else 16) * sum(p.numel() for p in params)       # with gradient and two moments
+    weights = (20 if stage.args.ema else 16) * sum(p.numel() for p in params)  # with gradient and two moments
     memory = f"weights, gradients, moments and EMA {weights / 2 ** 30:.2f} GiB"
     if ctx.device.type == "cuda":
         memory += f", peak on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"
@@ -624,11 +633,11 @@ def print_plan(stage, net, params, batch, update):
     seconds = sorted(times[1:])[1]
     if ctx.main:
         print(f"memory per process: {memory}\n"
-              f"time: {seconds:.2f} s per update (median of 3), {stage.steps} updates of stage {stage.name} take about "
-              f"{stage.steps * seconds / 3600:.1f} hours. Nothing was written.")
+              f"time: {seconds:.2f} s per update (median of 3), {stage.steps} updates of stage {stage.name} "
+              f"take about {stage.steps * seconds / 3600:.1f} hours. Nothing was written.")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The two stages
 
 
@@ -642,19 +651,20 @@ def train_vae(cfg, stickers, items, args, ctx, out):
         check_config(path, saved, asdict(cfg), "vae")
         return load_vae(path).to(ctx.device)
     torch.manual_seed(args.seed)
-    stage = VAEStage(VAEStep(AutoencoderKL(cfg), args.vae_kl), Pictures(stickers, items, args.seed), args, ctx)
+    vae = AutoencoderKL(cfg)
+    stage = VAEStage(VAEStep(vae, args.vae_kl), Pictures(stickers, items, args.seed), args, ctx)
     extra = {"config": asdict(cfg), "fingerprint": stickers.meta["fingerprint"], "args": vars(args)}
     ema, finished = fit(stage, out, extra)
     if not finished:
         return None
-    vae = stage.module.vae
-    with ema_weights(stage.module, ema):                                    # averaged weights become the weights
+    with ema_weights(stage.module, ema):                                 # averaged weights become the weights
         state = {k: v.detach().clone() for k, v in vae.state_dict().items()}
     vae.load_state_dict(state)
     vae.eval().requires_grad_(False)
     measure_statistics(vae, stickers, items, args.seed)
     if ctx.main:
-        save_checkpoint(path, load_checkpoint(path, "vae") | {"vae": {k: v.cpu() for k, v in vae.state_dict().items()}})
+        state = {k: v.cpu() for k, v in vae.state_dict().items()}
+        save_checkpoint(path, load_checkpoint(path, "vae") | {"vae": state})
     return vae
 
 
@@ -662,16 +672,18 @@ def train_vae(cfg, stickers, items, args, ctx, out):
 def measure_statistics(vae, stickers, items, seed, most=2048):
     """Mean and std of the raw latents per channel over (a sample of) the training frames."""
     entries = stickers.index[items[:20 * most]]
-    frames = np.concatenate([np.arange(e["offset"], e["offset"] + e["count"], dtype=np.int64) for e in entries])
+    frames = np.concatenate([int(e["offset"]) + np.arange(int(e["count"])) for e in entries])
     if len(frames) > most:
         frames = np.sort(np.random.default_rng([seed, 6]).choice(frames, most, replace=False))
-    parts = [vae.moments(torch.from_numpy(np.array(stickers.frames[chunk])).to(vae.mean.device).float() / 255)[0]
-             for chunk in np.array_split(frames, max(1, len(frames) // 64))]
+    parts = []
+    for chunk in np.array_split(frames, max(1, len(frames) // 64)):
+        x = torch.from_numpy(np.array(stickers.frames[chunk])).to(vae.mean.device).float() / 255
+        parts.append(vae.moments(x)[0])
     vae.set_statistics(torch.cat(parts))
 
 
 def validation_batch(stickers, items, text, tasks, frames, count=48):
-    """Fixed clips, noise, steps and masks, so that updates and runs can be compared -> (kwargs, task numbers).
+    """Fixed clips, noise, steps and masks: updates and runs can be compared -> (kwargs, task numbers).
 
     Every task of `tasks` sees the same clips and the same noise steps, spread evenly; about `count` in all.
     """
@@ -680,19 +692,20 @@ def validation_batch(stickers, items, text, tasks, frames, count=48):
     clips = Clips(stickers, moving if len(moving) else items, fixed.seed, frames)
     each, parts = max(count // len(tasks), 1), []
     for i, task in enumerate(tasks):
+        weights = np.eye(len(TASKS))[TASKS.index(task)]                     # this task and no other
         for j in range(each):
             clip, n, caption, _ = clips[j]
             if allowed(task, n):
-                one = np.eye(len(TASKS))[TASKS.index(task)]
-                kwargs, group = finish(collate([(clip, n, caption, i * each + j)]), text, Curriculum("none", 1), one, fixed,
-                                       frames)
+                one = collate([(clip, n, caption, i * each + j)])
+                kwargs, group = finish(one, text, Curriculum("none", 1), weights, fixed, frames)
                 kwargs["t"] = torch.tensor([int((j + 0.5) * 1000 / each)])
                 parts.append((kwargs, group))
 
     def join(values):
         return [torch.cat(x) for x in zip(*values)] if isinstance(values[0], list) else torch.cat(values)
 
-    return {key: join([kwargs[key] for kwargs, _ in parts]) for key in parts[0][0]}, join([g for _, g in parts])
+    kwargs, groups = zip(*parts)
+    return {key: join([x[key] for x in kwargs]) for key in kwargs[0]}, torch.cat(groups)
 
 
 @torch.no_grad()
@@ -701,24 +714,25 @@ def validate(module, batch, groups, ctx, chunk=8):
     was, losses = module.training, []
     module.eval()
     for i in range(0, len(groups), chunk):
-        part = {k: [y[i:i + chunk] for y in v] if isinstance(v, list) else v[i:i + chunk] for k, v in batch.items()}
+        rows = slice(i, i + chunk)
+        part = {k: [x[rows] for x in v] if isinstance(v, list) else v[rows] for k, v in batch.items()}
         with ctx.autocast():
             losses.append(module(**to_device(part, ctx.device)).float().cpu())
     module.train(was)
     losses, real = torch.cat(losses), batch["frame_mask"].float().mean(1)
-    split = {t: groups == i for i, t in enumerate(TASKS) if (groups == i).any()}
-    return {"loss": float(losses.sum() / real.sum())} | {t: float(losses[x].sum() / real[x].sum()) for t, x in split.items()}
+    split = {"loss": groups >= 0} | {t: groups == i for i, t in enumerate(TASKS) if (groups == i).any()}
+    return {name: float(losses[x].sum() / real[x].sum()) for name, x in split.items()}
 
 
 def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
-    """-> finished? Leaves last.pt, log.jsonl and, when finished, samples.png, one sticker per mode and loss.png."""
+    """-> finished? Leaves last.pt, log.jsonl; at the end samples.png, one sticker per mode and loss.png."""
     torch.manual_seed(args.seed)
     model = RDTF(cfg, args.text_encoder).to(ctx.device)
     if ctx.main:
         print_parts(model, vae)
     model.net.checkpointing = args.checkpointing
     if args.compile:
-        model.net.compile()                                                 # in place: state-dict names stay as they are
+        model.net.compile()                                      # in place: state-dict names stay as they are
     stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames), args, ctx)
     extra = {"config": asdict(cfg), "args": vars(args), "fingerprint": stickers.meta["fingerprint"],
              "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.id,
@@ -734,7 +748,8 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
 
     def show(step, ema, name="samples-{:07d}", stickers_too=False):
         with ema_weights(model, ema):
-            sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, tasks, out, name.format(step), ctx, stickers_too)
+            sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, tasks, out, name.format(step), ctx,
+                         stickers_too)
 
     ema, finished = fit(stage, out, extra, callbacks=[(args.eval_every, evaluate), (args.sample_every, show)])
     if finished and ctx.main:
@@ -748,7 +763,7 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
 
 @torch.no_grad()
 def sample_sheet(loaded, stickers, items, tasks, out, name, ctx, stickers_too=False, steps=25):
-    """Contact sheet of fixed inputs: what is stored of them, then what the network makes in each mode it is trained for."""
+    """Contact sheet of fixed inputs: what is stored, then what the network makes in each trained mode."""
     was = loaded.model.training
     loaded.model.eval()
     modes = [t for t in ("t2v", "it2v", "predict_post", "interpolate") if t in tasks] or tasks
@@ -762,8 +777,9 @@ def sample_sheet(loaded, stickers, items, tasks, out, name, ctx, stickers_too=Fa
         labels.append(f"truth: {caption}")
         for task in (t for t in modes if allowed(t, n)):
             cond, real = make_masks(task, n, loaded.cfg.frames, at=choices(task, n)[0])
-            clip = sample_clips(loaded, ["" if task == "i2v" else caption], truth[None], cond[None], real[None],
-                                steps=steps, sampler="dpm", seeds=[j])
+            text = "" if task == "i2v" else caption
+            clip = sample_clips(loaded, [text], truth[None], cond[None], real[None], steps=steps,
+                                sampler="dpm", seeds=[j])
             rows.append(to_straight(clip[0, :n].cpu()))
             labels.append(task)
             if stickers_too and j == 0:
@@ -779,7 +795,7 @@ def plot_log(log_path, png):
     series = [("train", "#999999", [(x["step"], x["loss"]) for x in lines if x["stage"] == "main"])]
     series += [(t, c, [(x["step"], x[t]) for x in lines if x["stage"] == "eval" and t in x])
                for t, c in zip(TASKS, colours)]
-    series = [(name, colour, [p for p in s if p[1]]) for name, colour, s in series]          # null: was not finite
+    series = [(name, colour, [p for p in s if p[1]]) for name, colour, s in series]     # null: was not finite
     points = [p for _, _, s in series for p in s]
     if not points:
         return
@@ -810,24 +826,25 @@ def plot_log(log_path, png):
 
 def print_parts(model, vae):
     net = model.net
-    parts = {"condition encoder": net.condition_encoder, "transformer_in": net.transformer_in, "down": net.down,
-             "mid": net.mid, "up": net.up, "DFGN": net, "text": model.text, "autoencoder (frozen)": vae}
+    parts = {"condition encoder": net.condition_encoder, "transformer_in": net.transformer_in,
+             "down": net.down, "mid": net.mid, "up": net.up, "DFGN": net, "text": model.text,
+             "autoencoder (frozen)": vae}
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
     print("parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in count.items()))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Start
 
-LOWEST = {"steps": 1, "batch_size": 1, "accumulation": 1, "vae_steps": 0, "vae_batch_size": 1, "log_every": 1, "patience": 1,
-          "min_frames": 1, "warmup": 0, "workers": 0, "save_every": 0, "keep_every": 0, "sample_every": 0, "eval_every": 0,
-          "max_updates": 0, "seed": 0, "lr": 0, "vae_lr": 0, "vae_kl": 0, "weight_decay": 0, "grad_clip": 0, "ema": 0,
-          "drop": 0, "word_drop": 0}
+LOWEST = {  # what flags may be at least, and at most
+    **dict.fromkeys("steps batch_size accumulation vae_batch_size log_every patience min_frames".split(), 1),
+    **dict.fromkeys("vae_steps warmup workers save_every keep_every sample_every eval_every max_updates seed "
+                    "lr vae_lr vae_kl weight_decay grad_clip ema drop word_drop".split(), 0)}
 HIGHEST = {"ema": 1, "drop": 0.5, "word_drop": 1}
 
 
 def resolve(args):
-    """Fill in the preset's recipe and check what can be checked before anything is loaded. -> (args, Config)."""
+    """Fill in the preset's recipe, check what can be checked before anything is loaded. -> (args, Config)."""
     if args.preset not in PRESETS:
         raise DataError(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
     for key, value in {"accumulation": 1, **RECIPES[args.preset]}.items():
@@ -837,8 +854,8 @@ def resolve(args):
     for key, low in LOWEST.items():
         value, high = getattr(args, key), HIGHEST.get(key, math.inf)
         if not low <= value <= high:
-            raise DataError(f"--{key.replace('_', '-')} {value}: choose {low} to {high}" if key in HIGHEST else
-                            f"--{key.replace('_', '-')} {value}: must be at least {low}")
+            wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
+            raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
     settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())
@@ -856,26 +873,26 @@ def choose_items(stickers, args):
     """-> (training items, held-out items); held-out stickers are never trained on."""
     keep = stickers.index["count"] >= args.min_frames
     if not set(args.tasks.split(",")) & set(GENERATION):
-        keep &= stickers.index["count"] > 1                                 # nothing to predict or interpolate in a still
+        keep &= stickers.index["count"] > 1                     # nothing to predict or interpolate in a still
     train, held = (x[keep[x]] for x in (stickers.select("train"), stickers.select("held_out")))
     if not len(train):
-        raise DataError(f"--data {args.data}: no sticker is left to train on; lower --min-frames or widen --tasks")
+        raise DataError(f"--data {args.data}: nothing is left to train on; lower --min-frames, widen --tasks")
     return train, held
 
 
 def get_vae(cfg, stickers, items, args, ctx, out):
-    """-> the autoencoder of the run: --vae, else trained (--dry-run: as it starts); None if its training was stopped."""
+    """-> the autoencoder: --vae, else trained (--dry-run: as it starts); None if its training was stopped."""
     if args.vae:
         if not Path(args.vae).exists():
             raise DataError(f"--vae {args.vae}: no such file")
         try:
             vae = load_vae(args.vae)
-        except Exception as e:                                              # whatever a broken file makes torch raise
+        except Exception as e:                                      # whatever a broken file makes torch raise
             raise DataError(f"--vae {args.vae}: not an autoencoder that can be opened ({first_line(e)})")
         if (vae.f, vae.latent_channels) != (cfg.f, cfg.latent_channels):
-            raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset {args.preset} "
-                            f"needs f = {cfg.f} with {cfg.latent_channels}")
-        for key, value in vae.settings.items():                             # the configuration describes this one
+            raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset "
+                            f"{args.preset} needs f = {cfg.f} with {cfg.latent_channels}")
+        for key, value in vae.settings.items():                         # the configuration describes this one
             setattr(cfg, key, value)
         return vae.to(ctx.device)
     if stickers.meta["kind"] == "latents":
@@ -883,7 +900,7 @@ def get_vae(cfg, stickers, items, args, ctx, out):
     if args.dry_run and args.stage == "auto":
         return AutoencoderKL(cfg).to(ctx.device).eval().requires_grad_(False)
     if cfg.vae_channels == 3:
-        raise DataError(f"--preset {args.preset} uses Stable Diffusion's autoencoder: give it with --vae FILE.safetensors")
+        raise DataError(f"--preset {args.preset} uses Stable Diffusion's autoencoder: add --vae FILE")
     if args.vae_steps < 1:
         raise DataError("--vae-steps 0: without --vae there must be at least 1")
     return train_vae(cfg, stickers, items, args, ctx, out)
@@ -901,23 +918,25 @@ def run(args):
     train, held = choose_items(stickers, args)
     if ctx.main:
         batch = args.batch_size * args.accumulation * ctx.world
+        static = int((stickers.index["count"][train] == 1).sum())
         print(json.dumps({"config": asdict(cfg), "flags": vars(args)}))
-        print(f"{len(train)} training stickers ({int((stickers.index['count'][train] == 1).sum())} static), {len(held)} "
-              f"held out; {ctx.world} process(es) x batch {args.batch_size} x accumulation {args.accumulation} = {batch} "
-              f"clips per update, {args.steps} updates = {args.steps * batch / len(train):.1f} epochs; {ctx.device}, "
+        print(f"{len(train)} training stickers ({static} static), {len(held)} held out; {ctx.world} "
+              f"process(es) x batch {args.batch_size} x accumulation {args.accumulation} = {batch} clips per "
+              f"update, {args.steps} updates = {args.steps * batch / len(train):.1f} epochs; {ctx.device}, "
               f"{'bf16 autocast' if ctx.bf16 else 'fp32'}")
-    if args.dry_run:                                                        # a few stickers tell as much about time
+    if args.dry_run:                                                  # a few stickers tell as much about time
         train, held = train[:8], held[:0]
-        end = stickers.index[train[-1]]
-        stickers = Stickers(stickers.frames[:int(end["offset"]) + int(end["count"])], stickers.index[:train[-1] + 1],
-                            stickers.text, stickers.meta)
+        index = stickers.index[:train[-1] + 1]
+        frames = stickers.frames[:int(index[-1]["offset"]) + int(index[-1]["count"])]
+        stickers = Stickers(frames, index, stickers.text, stickers.meta)
     vae = get_vae(cfg, stickers, train, args, ctx, out)
     if vae is not None and args.stage == "auto":
         finished = train_main(cfg, vae, stickers.encode(vae), train, held, args, ctx, out)
-        done = f"done: {out / 'last.pt'}, {out / 'samples.png'}, {out / 'loss.png'}. Next:\n  python sample.py --ckpt " \
-               f"{shlex.quote(str(out / 'last.pt'))} --text {shlex.quote(stickers.caption(int(train[0])))} --seeds 0-3"
+        caption = shlex.quote(stickers.caption(int(train[0])))
+        done = f"done: {out / 'last.pt'}, {out / 'samples.png'}, {out / 'loss.png'}. Next:\n" \
+               f"  python sample.py --ckpt {shlex.quote(str(out / 'last.pt'))} --text {caption} --seeds 0-3"
     else:
-        finished, done = vae is not None, f"done: {out / 'vae.pt'}. Next: the same command without --stage vae"
+        finished, done = vae is not None, f"done: {out / 'vae.pt'}. Next: the same without --stage vae"
     if ctx.main and not args.dry_run:
         print(done if finished else f"stopped; the same command goes on from {out}")
 
@@ -930,12 +949,12 @@ def main():
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
     except OSError as e:
-        print(f"train.py: {e.filename or args.out}: {e.strerror or e}; is there room, and may you write there?",
+        print(f"train.py: {e.filename or args.out}: {e.strerror or e}; is there room, may you write there?",
               file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as e:
-        print(f"train.py: out of memory ({first_line(e)}); lower --batch-size and raise --accumulation, or add "
-              f"--checkpointing", file=sys.stderr)
+        print(f"train.py: out of memory ({first_line(e)}); lower --batch-size and raise --accumulation, or "
+              f"add --checkpointing", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
