@@ -127,6 +127,7 @@ class Context:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
             raise DataError(f"--device {args.device}: not usable here ({first_line(e)}); try --device cpu")
+        kind = self.device.type
         if kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -753,11 +754,13 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
 
     ema, finished = fit(stage, out, extra, callbacks=[(args.eval_every, evaluate), (args.sample_every, show)])
     if finished and ctx.main:
-        if (out / "loss.png").exists() and (out / "samples.png").exists():
-            print(f"{out / stage.file} has all its {args.steps} updates already; raise --steps to go on")
+        plot, checkpoint = out / "loss.png", out / stage.file
+        # the plot is written last
+        if plot.exists() and plot.stat().st_mtime >= checkpoint.stat().st_mtime:
+            print(f"{checkpoint} has all its {args.steps} updates already; raise --steps to go on")
         else:
             show(args.steps, ema, "samples", stickers_too=True)
-            plot_log(out / "log.jsonl", out / "loss.png")
+            plot_log(out / "log.jsonl", plot)
     return finished
 
 

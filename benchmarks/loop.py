@@ -1,9 +1,9 @@
-"""What the training loop costs beside the network: share of a step for batches, statistics and the log; time of a save.
+"""What the training loop costs beside the network: share of a step for batches and the log, time of a save.
 
     python benchmarks/loop.py                                     # preset tiny, built-in stickers
     torchrun --nproc_per_node 2 benchmarks/loop.py --updates 100 --preset base --workers 4
 
-An untrained autoencoder makes the latents, as time does not depend on weights. Wall-clock; run it on an idle machine.
+An untrained autoencoder makes the latents, as time does not depend on weights. Wall-clock: wants an idle machine.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def timed(owner, name, label):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", default="tiny", help="as in train.py")
     p.add_argument("--data", default=str(train.BUILT_IN), help="as in train.py")
     p.add_argument("--updates", type=int, default=30, help="updates to time, the first two excluded")
@@ -50,24 +51,23 @@ def main():
     train.sample_sheet = lambda *args, **kwargs: None
     timed(train.Log, "add", "log")
     timed(train.Curriculum, "record", "curriculum")
-    timed(train.Clips, "__getitem__", "clips")                               # in the main process when --workers 0
-    timed(train, "finish", "finish")
     timed(train, "save_checkpoint", "save")
     with tempfile.TemporaryDirectory() as folder:
         vae = train.AutoencoderKL(cfg)
         torch.save({"vae": vae.state_dict(), "config": asdict(cfg)}, Path(folder, "vae.pt"))
-        flags = ["--preset", own.preset, "--data", own.data, "--out", folder, "--vae", folder + "/vae.pt", "--steps",
-                 own.updates, "--log-every", 1, "--eval-every", 0, "--save-every", 0, "--workers", own.workers,
-                 "--precision", own.precision]
+        flags = ["--preset", own.preset, "--data", own.data, "--out", folder, "--vae", folder + "/vae.pt",
+                 "--steps", own.updates, "--workers", own.workers, "--precision", own.precision,
+                 "--log-every", 1, "--eval-every", 0, "--save-every", 0]
         flags += ["--batch-size", own.batch_size] if own.batch_size else []
         train.run(train.parser().parse_args([str(x) for x in flags]))
         lines = [json.loads(x)["time"] for x in Path(folder, "log.jsonl").read_text().splitlines()][2:]
     seconds = np.array([x["seconds"] for x in lines])
     waited = np.array([x["data"] for x in lines]) * seconds
     log = np.array(SPENT["log"][2:]) + np.array(SPENT["curriculum"][2:])
+    whole = seconds.sum() / 100
     print(f"update {np.median(seconds) * 1e3:.1f} ms (median of {len(lines)})\n"
-          f"batches (loader, finish, copy) {np.median(waited) * 1e3:.2f} ms = {100 * waited.sum() / seconds.sum():.2f} %\n"
-          f"log and curriculum, a line per update {np.median(log) * 1e3:.2f} ms = {100 * log.sum() / seconds.sum():.2f} %\n"
+          f"batches (loader, finish, copy) {np.median(waited) * 1e3:.2f} ms = {waited.sum() / whole:.2f} %\n"
+          f"log and curriculum, a line per update {np.median(log) * 1e3:.2f} ms = {log.sum() / whole:.2f} %\n"
           f"a checkpoint {np.median(SPENT['save']) * 1e3:.0f} ms")
 
 

@@ -1,6 +1,6 @@
-"""train.py with one more preset, "micro", that a test can afford: `python tests/run_micro.py FLAGS`, torchrun takes it too.
+"""train.py with one more preset, "micro", that a test can afford: `python tests/run_micro.py FLAGS`.
 
-`start` runs it in a process forked from a server that has imported everything already, which saves seconds per run.
+`start` runs it in a process forked from a server that has imported everything already: that saves seconds.
 Hooks are failures to order: they run in that process before train.main().
 """
 
@@ -21,10 +21,10 @@ import train  # noqa: E402
 
 torch.set_num_threads(1)
 # 64 channels, not 32: with one channel per group a bias before a GroupNorm has no gradient but rounding
-rdtf.PRESETS["micro"] = dict(size=32, latent_channels=4, widths=(64,), head_dim=8, context_dim=16, text_layers=1,
-                             text_bytes=16, vae_widths=(32, 32), text_scale=2.0, image_scale=1.0)
-train.RECIPES["micro"] = dict(steps=6, batch_size=2, lr=1e-3, ema=0.9, warmup=2, schedule="cosine", vae_steps=4,
-                              vae_batch_size=2)
+rdtf.PRESETS["micro"] = dict(size=32, latent_channels=4, widths=(64,), head_dim=8, context_dim=16,
+                             text_layers=1, text_bytes=16, vae_widths=(32, 32), text_scale=2.0)
+train.RECIPES["micro"] = dict(steps=6, batch_size=2, lr=1e-3, ema=0.9, warmup=2, schedule="cosine",
+                              vae_steps=4, vae_batch_size=2)
 train.sample_sheet = functools.partial(train.sample_sheet, steps=1)
 train.validation_batch = functools.partial(train.validation_batch, count=6)
 curriculum.WARMUP = 2                                # the level moves within a few updates

@@ -1,4 +1,4 @@
-"""Claims about the training loop: exact, restartable, watchable. Runs are real ones of a preset that a test can afford."""
+"""Claims about the training loop: exact, restartable, watchable. Runs are real ones, of a preset "micro"."""
 
 import ast
 import json
@@ -22,7 +22,8 @@ import train
 from curriculum import TASKS, Curriculum
 from data import DataError, Stickers
 
-DETERMINISTIC = ("step", "model", "ema", "optimizer", "curriculum", "window", "vae", "vae_id", "config", "fingerprint")
+DETERMINISTIC = ("step", "model", "ema", "optimizer", "curriculum", "window", "vae", "vae_id", "config",
+                 "fingerprint")
 RUN = ("--log-every", "3", "--eval-every", "4")
 
 
@@ -41,7 +42,8 @@ def store(tmp_path_factory):
 def go(out, store, *flags, env=None, hook=(), code=0):
     """A run to its end -> what it printed."""
     text = Path(f"{out}.txt")
-    process = run_micro.start(["--data", str(store), "--out", str(out), *map(str, flags)], str(text), env, *hook)
+    flags = ["--data", str(store), "--out", str(out), *map(str, flags)]
+    process = run_micro.start(flags, str(text), env, *hook)
     process.join()
     printed = text.read_text()
     assert process.exitcode == code, printed
@@ -79,8 +81,11 @@ def difference(a, b):
     """Names of what differs between two checkpoints, bit for bit."""
     a, b = (flatten({k: v for k, v in x.items() if k in DETERMINISTIC}) for x in (a, b))
     assert len(a) > 100
-    return sorted(set(a) ^ set(b)) + [k for k in a.keys() & b.keys() if not (
-        torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] or a[k] != a[k] and b[k] != b[k])]
+
+    def same(x, y):
+        return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y or x != x and y != y    # NaN
+
+    return sorted(set(a) ^ set(b)) + [k for k in a.keys() & b.keys() if not same(a[k], b[k])]
 
 
 def log_of(out):
@@ -93,20 +98,21 @@ def largest(a, b):
     return max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"])
 
 
-def ranks(out, store, *flags):
-    """Two gloo processes, as torchrun starts them."""
+def ranks(out, store, *flags, hook=()):
+    """Two gloo processes, as torchrun starts them; the hook is for the second."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    both = [run_micro.start(["--data", str(store), "--out", str(out), *map(str, flags)], f"{out}.txt",
-                            {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                             "MASTER_PORT": str(port)}) for r in range(2)]
+    flags = ["--data", str(store), "--out", str(out), *map(str, flags)]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [run_micro.start(flags, f"{out}.txt", env | {"RANK": r, "LOCAL_RANK": r}, *(hook if r == "1" else ()))
+            for r in "01"]
     for p in both:
         p.join()
     return [p.exitcode for p in both]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Exact
 
 
@@ -141,7 +147,8 @@ def test_two_processes_equal_one_with_the_joint_batch(store, vae, joint, plain, 
 
 
 def test_accumulation_equals_one_large_batch(store, vae, joint, tmp_path):
-    go(tmp_path / "run", store, "--vae", vae, "--steps", 10, "--batch-size", 1, "--accumulation", 4, "--lr", 1e-4, *RUN)
+    go(tmp_path / "run", store, "--vae", vae, "--steps", 10, "--batch-size", 1, "--accumulation", 4,
+       "--lr", 1e-4, *RUN)
     assert largest(load(joint / "last.pt"), load(tmp_path / "run" / "last.pt")) < 1e-6
     close(log_of(joint), log_of(tmp_path / "run"))
 
@@ -162,7 +169,8 @@ def test_workers_change_nothing(store, vae, plain, tmp_path):
 
 def test_samples_and_evaluation_within_change_nothing(store, vae, plain, tmp_path):
     """Sampling restores train mode, weights and random state."""
-    go(tmp_path / "run", store, "--vae", vae, "--steps", 10, "--log-every", 3, "--eval-every", 1, "--sample-every", 2)
+    flags = ("--vae", vae, "--steps", 10, "--log-every", 3, "--eval-every", 1, "--sample-every", 2)
+    go(tmp_path / "run", store, *flags)
     assert not difference(load(plain / "last.pt"), load(tmp_path / "run" / "last.pt"))
     assert (tmp_path / "run" / "samples-0000004.png").exists()
 
@@ -183,12 +191,12 @@ def test_held_out_stickers_are_never_trained_on(store, tmp_path):
         assert not difference(load(tmp_path / "a" / file), load(tmp_path / "b" / file))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Restartable
 
 
 def test_killed_twenty_times_it_ends_as_undisturbed(store, tmp_path):
-    """SIGKILL at random moments and within saves, in both stages; the same command goes on, to the same bits."""
+    """SIGKILL at random moments and within saves, in both stages; the same command ends at the same bits."""
     flags = ("--steps", 5, "--vae-steps", 3, "--save-every", 1, "--log-every", 2, "--eval-every", 2)
     began = time.monotonic()
     go(tmp_path / "calm", store, *flags)
@@ -200,7 +208,8 @@ def test_killed_twenty_times_it_ends_as_undisturbed(store, tmp_path):
         round_ += 1
         while True:
             hook = ("kill_in_save", *in_save.pop()) if in_save else ()
-            process = run_micro.start(["--data", str(store), "--out", str(out), *map(str, flags)], f"{out}.txt", None, *hook)
+            argv = ["--data", str(store), "--out", str(out), *map(str, flags)]
+            process = run_micro.start(argv, f"{out}.txt", None, *hook)
             process.join(None if hook or kills >= 20 else rng.uniform(0.02, 0.9) * calm)
             process.kill()                                                  # nothing, if it is done
             process.join()
@@ -225,12 +234,20 @@ def test_sigterm_saves_and_exits_cleanly(store, vae, plain, tmp_path):
     assert log_of(plain) == log_of(out)
 
 
+def test_processes_agree_on_stopping(store, vae, plain, tmp_path):
+    """A signal to one of them stops both at the same update."""
+    flags = ("--vae", vae, "--steps", 8, "--batch-size", 1)
+    assert ranks(tmp_path / "run", store, *flags, hook=("signal_at", int(signal.SIGTERM), 2)) == [0, 0]
+    assert 3 <= load(tmp_path / "run" / "last.pt")["step"] <= 4
+    assert [x.name for x in (tmp_path / "run").glob("*.pt*")] == ["last.pt"]
+
+
 def test_a_second_ctrl_c_stops_at_once(capfd):
     old = train.STOP["since"]
     try:
         train.STOP["since"] = 0.0
         train.on_signal(signal.SIGINT, None)
-        train.on_signal(signal.SIGINT, None)                                # torchrun passes the same Ctrl-C on
+        train.on_signal(signal.SIGINT, None)                              # torchrun passes the same Ctrl-C on
         train.STOP["since"] -= 5
         train.on_signal(signal.SIGTERM, None)
         with pytest.raises(KeyboardInterrupt):
@@ -245,7 +262,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(store, vae, tmp_path):
     out, flags = tmp_path / "run", ("--vae", vae, "--steps", 6)
     go(out, store, *flags, "--max-updates", 2)
     before = (out / "last.pt").read_bytes()
-    (out / "last.pt.tmp").symlink_to("/dev/full")                           # every write: no space left on device
+    (out / "last.pt.tmp").symlink_to("/dev/full")                       # every write: no space left on device
     printed = go(out, store, *flags, code=2).splitlines()
     assert "last.pt: cannot be written" in printed[-1] and "No space left" in printed[-1]
     assert not any("Traceback" in x for x in printed)
@@ -263,7 +280,8 @@ def test_a_finished_run_says_so_and_is_left_alone(store, vae, plain):
 
 def test_a_finished_run_has_everything(plain):
     files = {x.name for x in plain.iterdir()}
-    assert {"last.pt", "log.jsonl", "samples.png", "loss.png", "t2v.webp", "it2v.webp", "interpolate.webp"} <= files
+    assert {"last.pt", "log.jsonl", "samples.png", "loss.png"} <= files
+    assert {"t2v.webp", "it2v.webp", "predict_post.webp", "interpolate.webp"} <= files
     assert not any(x.endswith(".tmp") for x in files)
 
 
@@ -272,8 +290,8 @@ def test_a_log_has_one_line_per_update_and_kind_and_is_json(plain):
     assert [x["step"] for x in lines if x["stage"] == "main"] == [3, 6, 9, 10]
     assert [x["step"] for x in lines if x["stage"] == "eval"] == [4, 8, 10]
     history = load(plain / "last.pt")["curriculum"]["losses"]
-    for line, part in zip([x for x in lines if x["stage"] == "main"], (slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10))):
-        assert line["loss"] == pytest.approx(np.mean(history[part]))
+    for line, first in zip([x for x in lines if x["stage"] == "main"], (0, 3, 6, 9)):
+        assert line["loss"] == pytest.approx(np.mean(history[first:first + 3]))
     for text in (plain / "log.jsonl").read_text().splitlines():
         spent = json.loads(text).get("time")
         if spent:                                                           # two clips per update
@@ -284,7 +302,7 @@ def test_a_log_has_one_line_per_update_and_kind_and_is_json(plain):
 
 def test_trim_log(tmp_path):
     path = tmp_path / "log.jsonl"
-    lines = [dict(step=9, stage="vae"), dict(step=2, stage="main"), dict(step=3, stage="main"), dict(step=3, stage="eval")]
+    lines = [dict(step=s, stage=x) for s, x in ((9, "vae"), (2, "main"), (3, "main"), (3, "eval"))]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 4, "sta')
     train.trim_log(path, "main", 2)
     assert [json.loads(x) for x in path.read_text().splitlines()] == lines[:2]
@@ -292,14 +310,14 @@ def test_trim_log(tmp_path):
     assert [json.loads(x) for x in path.read_text().splitlines()] == lines[1:2]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
 def test_checkpoints_are_plain_dicts_that_carry_everything(plain):
     data = load(plain / "last.pt")
-    assert {"format", "stage", "step", "config", "model", "ema", "optimizer", "curriculum", "vae", "vae_id", "fingerprint",
-            "text_encoder", "args"} <= set(data)
+    assert {"format", "stage", "step", "config", "model", "ema", "optimizer", "curriculum", "vae", "vae_id",
+            "fingerprint", "text_encoder", "args"} <= set(data)
     plain_types = (torch.Tensor, int, float, str, bool, type(None))
     assert all(isinstance(x, plain_types) for x in flatten(data).values())
 
@@ -333,12 +351,13 @@ def test_ema_is_fp32_and_follows_its_recurrence(store, vae, tmp_path):
         assert torch.allclose(value, a["ema"][name] * decay + b["model"][name] * (1 - decay), atol=1e-6), name
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Divergence
 
 
 def test_non_finite_losses_stop_the_run_with_advice(store, vae, tmp_path):
-    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 9, "--patience", 3, "--save-every", 1, "--log-every", 1)
+    flags = ("--vae", vae, "--steps", 9, "--patience", 3, "--save-every", 1, "--log-every", 1)
+    out = tmp_path / "run"
     printed = go(out, store, *flags, hook=("nan_losses", 4, 99), code=2)
     assert "--lr" in printed.splitlines()[-1] and "3 update(s)" in printed.splitlines()[-1]
     data = load(out / "last.pt")
@@ -350,11 +369,12 @@ def test_a_few_non_finite_losses_do_no_harm(store, vae, tmp_path):
     flags = ("--vae", vae, "--steps", 6, "--patience", 3, "--save-every", 1)
     go(tmp_path / "run", store, *flags, hook=("nan_losses", 2, 3))
     data = load(tmp_path / "run" / "last.pt")
-    assert data["step"] == 6 and all(torch.isfinite(x).all() for x in [*data["model"].values(), *data["ema"].values()])
+    assert data["step"] == 6
+    assert all(torch.isfinite(x).all() for x in [*data["model"].values(), *data["ema"].values()])
     assert np.isnan(data["curriculum"]["losses"]).tolist() == [False, False, True, True, False, False]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pure functions
 
 
@@ -362,7 +382,7 @@ def test_schedules_are_pure_functions_of_the_step():
     lr = [train.learning_rate(s, 2.0, 4, "cosine", 20) for s in range(21)]
     assert lr[:3] == pytest.approx([0.5, 0.99414, 1.46506], abs=1e-4) and lr[20] == pytest.approx(0.1)
     assert max(lr) <= 2.0 and lr[4:] == sorted(lr[4:], reverse=True)
-    assert [train.learning_rate(s, 2.0, 0, "constant", 20) for s in (0, 7, 19)] == [2.0] * 3       # the paper's
+    assert [train.learning_rate(s, 2.0, 0, "constant", 20) for s in (0, 7, 19)] == [2.0] * 3     # the paper's
     assert train.ema_decay(0, 0.999) == 0.1 and train.ema_decay(10 ** 6, 0.999) == 0.999
 
 
@@ -380,8 +400,8 @@ def test_the_validation_batch_is_fixed_and_has_the_trained_tasks_only(store, tas
     stickers = Stickers.open(store)
     cfg = train.Config(**run_micro.rdtf.PRESETS["micro"])
     text = run_micro.rdtf.ByteText(cfg)
-    (a, groups), (b, _) = (train.validation_batch(stickers, stickers.select("held_out"), text, tasks, 8, count=12)
-                           for _ in range(2))
+    held = stickers.select("held_out")
+    (a, groups), (b, _) = (train.validation_batch(stickers, held, text, tasks, 8, count=12) for _ in range(2))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [TASKS[i] for i in groups] == [t for t in tasks for _ in range(12 // len(tasks))]
     each = 12 // len(tasks)
@@ -391,7 +411,8 @@ def test_the_validation_batch_is_fixed_and_has_the_trained_tasks_only(store, tas
 
 def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
     out = tmp_path / "run"
-    go(out, store, "--vae", vae, "--tasks", "interpolate,predict_pre", "--steps", 4, "--log-every", 1, "--eval-every", 2)
+    flags = ("--tasks", "interpolate,predict_pre", "--steps", 4, "--log-every", 1, "--eval-every", 2)
+    go(out, store, "--vae", vae, *flags)
     for line in log_of(out):
         named = set(line) | set(line.get("mix", {})) | set(line.get("groups", {}))
         assert named & set(TASKS) <= {"interpolate", "predict_pre"}
@@ -401,7 +422,8 @@ def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
 def test_dropping_is_decided_per_sample_by_its_number(store):
     stickers, seen = Stickers.open(store), []
     text = Namespace(tokenize=lambda texts: seen.extend(texts))
-    args, clips = Namespace(seed=0, drop=0.1, word_drop=0.0), train.Clips(stickers, stickers.select("train"), 0, 8)
+    args = Namespace(seed=0, drop=0.1, word_drop=0.0)
+    clips = train.Clips(stickers, stickers.select("train"), 0, 8)
     batch = train.collate([clips[0][:3] + (g,) for g in range(2000)])
     curriculum = Curriculum("none", 1, ("it2v",))
     kwargs, _ = train.finish(batch, text, curriculum, curriculum.weights(0), args, 8)
@@ -410,14 +432,14 @@ def test_dropping_is_decided_per_sample_by_its_number(store):
     assert (no_text | ~no_image).all()                                      # an image is never dropped alone
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flags, plan, bad input
 
 
 def test_every_flag_is_read_and_has_help():
     tree = ast.parse(Path(train.__file__).read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            and (getattr(node.value, "id", None) == "args" or getattr(node.value, "attr", None) == "args")}
+    loads = [x for x in ast.walk(tree) if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Load)]
+    read = {x.attr for x in loads if "args" in (getattr(x.value, "id", None), getattr(x.value, "attr", None))}
     for action in train.parser()._actions:
         assert action.help and len(action.help) > 3, action.dest
         assert action.dest in read | {"help"}, f"--{action.dest} is never read"
@@ -439,7 +461,7 @@ def test_dry_run_writes_nothing(store, tmp_path):
         os.chdir(old)
     printed = Path(text).read_text()
     assert process.exitcode == 0, printed
-    for part in ("parameters: ", "memory per process: ", "activations", "per update", "clips per update", "hours"):
+    for part in ("parameters: ", "memory per process: ", "activations", "clips per update", "hours"):
         assert part in printed
     assert not list(work.iterdir())
 
@@ -455,7 +477,7 @@ def quiet_signals():
 
 def refused(flags, capsys):
     """-> the one line on stderr."""
-    sys.argv, old = ["train.py", "--preset", "micro", "--device", "cpu", "--precision", "fp32", *map(str, flags)], sys.argv
+    old, sys.argv = sys.argv, ["train.py", "--preset", "micro", "--device", "cpu", *map(str, flags)]
     try:
         with pytest.raises(SystemExit) as end:
             train.main()
@@ -502,8 +524,8 @@ def test_bad_input_is_one_line(case, store, vae, plain, tmp_path, capsys, quiet_
 
 def test_the_command_line_gives_exit_code_two(tmp_path):
     """The one test that starts train.py itself."""
-    done = subprocess.run([sys.executable, train.__file__, "--data", str(tmp_path / "none")], capture_output=True, text=True,
-                          cwd=tmp_path)
+    command = [sys.executable, train.__file__, "--data", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout.count("\n") == 0
     assert re.fullmatch(r"train\.py: .*none.*\n", done.stderr)
 
