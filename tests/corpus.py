@@ -1,6 +1,6 @@
-"""Over 100 malformed or odd sticker files, made from code: build(folder) -> {file name: what reading it must give}.
+"""Over 100 malformed or odd sticker files, made by code: build(folder) -> {file name: what reading gives}.
 
-What it must give: a number = so many frames; "bad" = DataError; None = either (it depends on where the damage fell).
+A number: so many frames; "bad": DataError; None: either (it depends on where the damage fell).
 """
 import io
 import os
@@ -45,11 +45,13 @@ def chunk(kind, data):
 def png(w, h, depth, colour, rows, extra=b""):
     """A PNG by hand: rows are raw scan lines with their filter byte."""
     header = struct.pack(">IIBBBBB", w, h, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def gif(w, h, frames, palette=True, trailer=b";"):
-    """A GIF by hand. frames: (x, y, w, h, disposal, delay in 1/100 s, transparent colour or -1, pixels in 0..3 as bytes)."""
+    """A GIF by hand. frames: (x, y, w, h, disposal, delay in 1/100 s, transparent colour or -1, pixels in
+    0..3 as bytes)."""
     out = b"GIF89a" + struct.pack("<HHBBB", w, h, 0x91 if palette else 0, 0, 0)
     out += bytes([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255]) if palette else b""
     for x, y, fw, fh, disposal, delay, clear, pixels in frames:
@@ -82,8 +84,9 @@ def build(folder):
         (folder / name).write_bytes(data)
         expected[name] = gives
     frames = clip()
-    whole = {"gif": encoded(frames, "GIF"), "webp": encoded(frames, "WEBP", lossless=True), "apng": encoded(frames, "PNG"),
-             "png": encoded(frames[:1], "PNG"), "jpg": encoded(frames[:1], "JPEG"), "still.webp": encoded(frames[:1], "WEBP")}
+    whole = {"gif": encoded(frames, "GIF"), "webp": encoded(frames, "WEBP", lossless=True),
+             "apng": encoded(frames, "PNG"), "png": encoded(frames[:1], "PNG"),
+             "jpg": encoded(frames[:1], "JPEG"), "still.webp": encoded(frames[:1], "WEBP")}
     for kind, data in whole.items():
         add(f"whole.{kind}", data, 4 if kind in ("gif", "webp", "apng") else 1)
         for percent in (1, 10, 30, 50, 70, 90, 99):
@@ -91,7 +94,8 @@ def build(folder):
             add(f"cut-{percent}.{kind}", data[:len(data) * percent // 100], "bad" if sure else None)
         middle = len(data) // 2
         add(f"zeroed.{kind}", data[:middle] + bytes(200) + data[middle + 200:], None)
-        add(f"noisy-tail.{kind}", data + b"trailing rubbish" * 9, None if "webp" in kind else expected[f"whole.{kind}"])
+        gives = None if "webp" in kind else expected[f"whole.{kind}"]
+        add(f"noisy-tail.{kind}", data + b"trailing rubbish" * 9, gives)
     # Wrong names, empty files, other formats
     add("empty.gif", b"", "bad")
     add("one-byte.webp", b"R", "bad")
@@ -121,24 +125,30 @@ def build(folder):
     add("negative.png", png(0x80000000, 1, 8, 0, b"\0\0"), "bad")
     add("0x0.png", png(0, 0, 8, 0, b""), "bad")
     add("bomb.gif", gif(65535, 65535, [(0, 0, 1, 1, 0, 5, -1, b"\1")]), "bad")
-    add("bomb-frame.gif", gif(8, 8, [(0, 0, 8, 8, 0, 5, -1, bytes(64)), (0, 0, 65000, 65000, 0, 5, -1, b"\1" * 64)]), "bad")
+    add("bomb-frame.gif", gif(8, 8, [(0, 0, 8, 8, 0, 5, -1, bytes(64)),
+                                     (0, 0, 65000, 65000, 0, 5, -1, b"\1" * 64)]), "bad")
     add("bomb.webp", b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0\xff\x3f\0\xff\x3f\0VP8 \0\0\0\0", "bad")
-    add("many-frames.gif", gif(2, 2, [(0, 0, 2, 2, 0, 5, -1, bytes([i % 4] * 4)) for i in range(1500)]), "bad")
+    many = [(0, 0, 2, 2, 0, 5, -1, bytes([i % 4] * 4)) for i in range(1500)]
+    add("many-frames.gif", gif(2, 2, many), "bad")
     with open(folder / "huge.gif", "wb") as file:
         file.write(whole["gif"])
         file.truncate(80 << 20)            # sparse
     expected["huge.gif"] = "bad"
-    add("text-bomb.png", png(1, 1, 8, 0, b"\0\0", chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20)))), None)
+    text = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20)))
+    add("text-bomb.png", png(1, 1, 8, 0, b"\0\0", text), None)
     # Palettes, transparency, disposal, times
     a, b = bytes([1]) * 256, bytes([2] * 8 + [3] * 8) * 16
     for disposal in range(8):
-        add(f"disposal-{disposal}.gif", gif(16, 16, [(0, 0, 16, 16, disposal, 7, -1, a), (4, 4, 8, 8, disposal, 7, 3, b[:64]),
-                                                    (0, 0, 16, 16, disposal, 7, 3, b)]), 3 if disposal < 4 else None)
-    add("offsets.gif", gif(16, 16, [(0, 0, 16, 16, 1, 7, -1, a), (8, 8, 8, 8, 1, 7, 3, b[:64]), (3, 1, 2, 9, 1, 7, 3, b[:18])]), 3)
+        three = [(0, 0, 16, 16, disposal, 7, -1, a), (4, 4, 8, 8, disposal, 7, 3, b[:64]),
+                 (0, 0, 16, 16, disposal, 7, 3, b)]
+        add(f"disposal-{disposal}.gif", gif(16, 16, three), 3)
+    three = [(0, 0, 16, 16, 1, 7, -1, a), (8, 8, 8, 8, 1, 7, 3, b[:64]), (3, 1, 2, 9, 1, 7, 3, b[:18])]
+    add("offsets.gif", gif(16, 16, three), 3)
     add("beyond-canvas.gif", gif(16, 16, [(0, 0, 16, 16, 1, 7, -1, a), (10, 10, 16, 16, 1, 7, -1, b)]), 2)
     add("small-first.gif", gif(16, 16, [(0, 0, 2, 2, 1, 7, -1, a[:4]), (0, 0, 16, 16, 1, 7, -1, b)]), 2)
     add("no-palette.gif", gif(16, 16, [(0, 0, 16, 16, 1, 7, -1, a)], palette=False), None)
-    add("no-trailer.gif", gif(16, 16, [(0, 0, 16, 16, 1, 7, -1, a), (0, 0, 16, 16, 1, 7, -1, b)], trailer=b""), 2)
+    two = [(0, 0, 16, 16, 1, 7, -1, a), (0, 0, 16, 16, 1, 7, -1, b)]
+    add("no-trailer.gif", gif(16, 16, two, trailer=b""), 2)
     add("no-frames.gif", gif(16, 16, []), "bad")
     add("short-pixels.gif", gif(16, 16, [(0, 0, 16, 16, 1, 7, -1, a[:9])]), None)
     add("zero-times.gif", gif(16, 16, [(0, 0, 16, 16, 1, 0, -1, a), (0, 0, 16, 16, 1, 0, -1, b)]), 2)
@@ -152,7 +162,8 @@ def build(folder):
     add("fallback.apng", encoded(frames, "PNG", default_image=True), 3)
     for blend in (0, 1):
         for disposal in (0, 1, 2):
-            add(f"blend-{blend}-dispose-{disposal}.apng", encoded(frames, "PNG", blend=blend, disposal=disposal), 4)
+            name = f"blend-{blend}-dispose-{disposal}.apng"
+            add(name, encoded(frames, "PNG", blend=blend, disposal=disposal), 4)
     # Colour
     grey = Image.fromarray(frames[0, ..., 0])
     for mode in ("1", "L", "LA", "P", "PA", "RGB"):
@@ -183,7 +194,7 @@ def build(folder):
     (folder / "loop.gif").symlink_to("loop.gif")
     (folder / "here").symlink_to(folder, target_is_directory=True)
     (folder / "dangling.png").symlink_to("nowhere.png")
-    (folder / "memory.png").symlink_to("/proc/self/mem")      # stands for any file that opens and can't be read
+    (folder / "memory.png").symlink_to("/proc/self/mem")  # stands for any file that opens and can't be read
     expected.update({"loop.gif": "bad", "dangling.png": "bad", "memory.png": "bad"})
     os.mkfifo(folder / "pipe.webp")
     expected["pipe.webp"] = "bad"
