@@ -397,7 +397,8 @@ def clip_similarity(folder, clips, captions):
     scores = []
     for clip, caption in zip((over_white(clips) * 255).round().astype(np.uint8), captions):
         with torch.inference_mode():
-            inputs = processor(text=[caption], images=list(clip), return_tensors="pt", truncation=True)
+            inputs = processor(text=[caption], images=list(clip), return_tensors="pt", truncation=True,
+                               max_length=model.config.text_config.max_position_embeddings)
             output = model(**inputs)
         scores.append(float((output.image_embeds @ output.text_embeds.T).mean()))   # both come normalised
     return np.array(scores)

@@ -645,7 +645,7 @@ def procedural(count, first, size):
 
 
 def agreement(clips, truths):
-    """1.0 where the attribute read off a clip is the wanted one -> {attribute: (n,)}. Empty clips have none."""
+    """1.0 where the attribute read off a clip is the wanted one -> {attribute: (n,)}; empty clips: 0."""
     import attributes
     read = [attributes.read_attributes(to_uint8(clip)) if clip[..., 3].max() > 0.1 else {} for clip in clips]
     return {key: np.array([float(r.get(key) == t[key]) for r, t in zip(read, truths)]) for key in ATTRIBUTES}
