@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
@@ -578,32 +578,32 @@ def fit(stage, out, extra, callbacks=()):
         print_plan(stage, net, params, lambda: micro_batch(0)[0], update)
         return ema, False
     clock, last, step = 0.0, time.perf_counter(), start
-    for step in range(start + 1, stage.steps + 1):
-        # -------------------------------------------------------------------------------------------- one upd
-        stats, waited = update(step - 1)
-        stop = read()
-        now = time.perf_counter()
-        clock, last = clock + now - last, now
-        pending = (step, stats, clock, waited)
-        # --------------------------------------------------------------------------------- once in a while
-        final, limit = step == stage.steps, args.max_updates and step - start >= args.max_updates
-        every = [n and step % n == 0 for n in (args.save_every, args.keep_every)]
-        due = [f for n, f in callbacks if n and (final or step % n == 0)]
-        if stop or limit or final or due or any(every):
-            stop = read() or stop                                   # the newest loss is part of what is saved
-            if stop:                                                   # who stops us may not wait for samples
-                save(step)
-            for f in due:                                               # before saving: what a checkpoint has
-                if ctx.main:                                                # behind it is in the log
-                    f(step, ema)
-            if limit or final or every[0]:
-                save(step)
-            if every[1]:
-                save(step, path.with_name(f"{path.stem}-{step:07d}.pt"))
-            last = time.perf_counter()
-        if stop or limit:
-            break
-    log.close()
+    with closing(log):
+        for step in range(start + 1, stage.steps + 1):
+            # ----------------------------------------------------------------------------------- one update
+            stats, waited = update(step - 1)
+            stop = read()
+            now = time.perf_counter()
+            clock, last = clock + now - last, now
+            pending = (step, stats, clock, waited)
+            # ---------------------------------------------------------------------------- once in a while
+            final, limit = step == stage.steps, args.max_updates and step - start >= args.max_updates
+            saving, keeping = (n and step % n == 0 for n in (args.save_every, args.keep_every))
+            due = [f for n, f in callbacks if n and (final or step % n == 0)]
+            if stop or limit or final or due or saving or keeping:
+                stop = read() or stop                           # the newest loss is part of what is saved
+                if stop:                                        # who stops us may not wait for samples
+                    save(step)
+                for f in due:                                   # before saving: the log holds all that a
+                    if ctx.main:                                # checkpoint has behind it
+                        f(step, ema)
+                if limit or final or saving:
+                    save(step)
+                if keeping:
+                    save(step, path.with_name(f"{path.stem}-{step:07d}.pt"))
+                last = time.perf_counter()
+            if stop or limit:
+                break
     return ema, step == stage.steps
 
 

@@ -1,9 +1,9 @@
 """What the training loop costs beside the network: share of a step for batches and the log, time of a save.
 
     python benchmarks/loop.py                                     # preset tiny, built-in stickers
-    torchrun --nproc_per_node 2 benchmarks/loop.py --updates 100 --preset base --workers 4
+    python benchmarks/loop.py --updates 100 --preset base --workers 4
 
-An untrained autoencoder makes the latents, as time does not depend on weights. Wall-clock: wants an idle machine.
+An untrained autoencoder makes the latents, time does not depend on weights. Wall-clock: use an idle machine.
 """
 
 import argparse
