@@ -185,7 +185,7 @@ def _gif_frames(path):
             local = data[at + 10:at + 10 + (6 << (flags & 7))] if flags & 128 else b""
             at += 11 + len(local)
         elif kind == 0:                                                # padding that some writers leave
-            at += 1
+            at = len(data) - len(data[at:].lstrip(b"\0"))
             continue
         else:
             raise DataError(f"{path}: damaged after frame {frames}; replace or delete it")
@@ -729,6 +729,8 @@ def decode_item(path, size, filters=FILTERS):
                 return "small", f"{w}x{h}, under {MIN_SIDE} pixels"
             if "aspect" in filters and max(w, h) > MAX_ASPECT * min(w, h):
                 return "aspect", f"{w}x{h}, over {MAX_ASPECT:g} to 1"
+            if (len(fitted) + 1) * size * size > MAX_TOTAL:
+                return "unreadable", f"over {len(fitted)} frames, too many at --size {size}"
             fitted.append(_fit(frame, size))     # at once: a full-size frame is never kept
             duration += ms
     except DataError as error:

@@ -118,8 +118,8 @@ def keyframes(args):
             for k, rows in choices(fitted).items():
                 for name, chosen in rows.items():
                     found.setdefault(name, {}).setdefault(k, []).append(coverage(x, chosen))
-    print(f"{total} animated stickers: mean distance of all frames to the nearest chosen one (x 1000), and how "
-          f"often it is smaller than with even spacing")
+    print(f"{total} animated stickers: mean distance of all frames to the nearest chosen one (x 1000), "
+          f"and how often it is smaller than with even spacing")
     print(f"{'k':18}" + "".join(f"{k:14}" for k in found["evenly spaced"]))
     for name, columns in found.items():
         even = found["evenly spaced"]
