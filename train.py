@@ -57,20 +57,17 @@ def parser():
     a("--data", default=str(BUILT_IN), help="folder of stickers, prepared store, or synthetic[:COUNT]")
     a("--out", default="", help="run folder; empty: runs/PRESET")
     a("--preset", default="tiny", help=f"size of everything: {', '.join(PRESETS)}")
-    a("--stage", default="auto", choices=["auto", "vae"],
-      help="vae: stop after the autoencoder; auto: autoencoder if needed, then DFGN")
+    a("--stage", default="auto", choices=["auto", "vae"], help="vae: the autoencoder only; auto: DFGN too")
     a("--vae", default="",
       help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); empty: train one")
     a("--text-encoder", nargs="+", default=[], metavar="PATH",
       help="one or two local Hugging Face text encoders; none: byte transformer")
-    a("--temporal", default="sti", choices=["sti", "conv3d", "gated"],
-      help="how a layer mixes frames (Table 3's ablation)")
+    a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="mixes frames (Table 3)")
     a("--steps", type=int, default=None, help=f"updates of DFGN ({recipe})")
     a("--batch-size", type=int, default=None, help=f"clips per process and micro-step ({recipe})")
     a("--accumulation", type=int, default=None, help=f"micro-steps per update ({recipe}, else 1)")
     a("--lr", type=float, default=None, help=f"peak learning rate ({recipe})")
-    a("--schedule", default=None, choices=["constant", "cosine"],
-      help=f"of the learning rate after warm-up ({recipe})")
+    a("--schedule", default=None, choices=["constant", "cosine"], help=f"of lr after warm-up ({recipe})")
     a("--warmup", type=int, default=None, help=f"updates of linear warm-up, 0 = none ({recipe})")
     a("--weight-decay", type=float, default=0.01, help="of AdamW (Table 6)")
     a("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
@@ -79,30 +76,24 @@ def parser():
     a("--vae-batch-size", type=int, default=None, help=f"pictures per process and update ({recipe})")
     a("--vae-lr", type=float, default=1e-3, help="peak learning rate of the autoencoder")
     a("--vae-kl", type=float, default=1e-5, help="weight of the KL term")
-    a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"],
-      help="Table 4: equal weights, LCL, DCL")
+    a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: -, LCL, DCL")
     a("--tasks", default=",".join(TASKS), help="comma-separated subset to train")
     a("--min-frames", type=int, default=1, help="stickers with fewer frames are left out, 1 = keep all")
-    a("--drop", type=float, default=0.05,
-      help="probability of dropping text and given frames together, and of text alone")
+    a("--drop", type=float, default=0.05, help="probability of dropping text and image, and of text alone")
     a("--word-drop", type=float, default=0.2, help="probability with which a word of the caption becomes #")
     a("--seed", type=int, default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
-    a("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-      help="auto: bf16 autocast where the hardware has it")
+    a("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where it is fast")
     a("--compile", action="store_true", help="torch.compile the network")
-    a("--checkpointing", action="store_true",
-      help="recompute layers in the backward pass: less memory, about a third more time")
-    a("--workers", type=int, default=0,
-      help="loader processes, 0 = load in the main process (enough for stores)")
+    a("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, slower")
+    a("--workers", type=int, default=0, help="loader processes, 0 = load in the main one (enough for stores)")
     a("--save-every", type=int, default=200, help="updates between checkpoints, 0 = only at the end")
     a("--keep-every", type=int, default=0, help="updates between numbered checkpoints, 0 = none")
     a("--sample-every", type=int, default=0, help="updates between sample sheets, 0 = only at the end")
     a("--eval-every", type=int, default=100, help="updates between held-out losses, 0 = never")
     a("--log-every", type=int, default=10, help="updates between lines of log.jsonl")
     a("--patience", type=int, default=20, help="stop after this many non-finite losses in a row")
-    a("--max-updates", type=int, default=0,
-      help="save and stop after this many updates of this start, 0 = no limit")
+    a("--max-updates", type=int, default=0, help="save and stop after this many updates, 0 = no limit")
     a("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
     a("--dry-run", action="store_true", help="print the plan and the time of three updates, write nothing")
     return p
