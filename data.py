@@ -117,8 +117,7 @@ def _rgba(image):
 def _limit(path, frames, size):
     w, h = size
     if w * h > MAX_PIXELS or frames > MAX_FRAMES or frames * w * h > MAX_TOTAL:
-        raise DataError(f"{path}: {frames} frame(s) of {w}x{h} are over the limits ({MAX_PIXELS} pixels a "
-                        "frame, "
+        raise DataError(f"{path}: {frames} frames of {w}x{h} are over the limits ({MAX_PIXELS} pixels each, "
                         f"{MAX_FRAMES} frames, {MAX_TOTAL} pixels in all); make it smaller or shorter first")
 
 
@@ -144,7 +143,7 @@ def _image_frames(path):
     with Image.open(path, formats=IMAGES) as image:
         count, size = getattr(image, "n_frames", 1), image.size
         _limit(path, count, size)
-        # a fallback, no frame
+        # An APNG may carry a picture for old viewers that is none of its frames.
         start = int(image.format == "PNG" and count > 1 and bool(image.info.get("default_image")))
         for i in range(start, count):
             try:
@@ -175,8 +174,8 @@ def _gif_frames(path):
     canvas, frames, control = np.zeros((h, w, 4), np.uint8), 0, (0, 0, 0)
     while at < len(data) and data[at] != 0x3B:
         kind, first = data[at], at
-        if kind == 0x21:  # extension; F9: how to show the next frame
-            if data[at + 1] == 0xF9:
+        if kind == 0x21:                                               # an extension
+            if data[at + 1] == 0xF9:                                   # how to show the next frame
                 control = struct.unpack_from("<BHB", data, at + 3)
             at += 2
         elif kind == 0x2C:                                             # a frame
@@ -242,15 +241,13 @@ def iter_frames(path):
             head = file.read(12)
         if not head:
             raise DataError(f"{path}: empty file; delete it")
-        # MP4, WebM: what is inside counts, not the name
-        if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":
+        if head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3":        # MP4, WebM, whatever the name says
             yield from _video_frames(path)
         else:
             yield from _gif_frames(path) if head[:3] == b"GIF" else _image_frames(path)
     except DataError:
         raise
-    # decoders raise nearly everything on damaged bytes; it all means the same here
-    except Exception as error:
+    except Exception as error:        # decoders raise nearly everything on damaged bytes
         raise DataError(f"{path}: unreadable ({_reason(error, path)}); replace or delete it") from error
 
 
@@ -312,9 +309,8 @@ def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, m
         while len(data := encode(levels[-1], step)) > limit:       # how many frames can stay,
             step *= 2
             if len(frames) < 1.5 * step or suffix == ".png":        # two frames are the least that moves
-                raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting; raise --max-kb "
-                                f"{max_kb:g} "
-                                f"or lower --size")
+                raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting; "
+                                f"raise --max-kb {max_kb:g} or lower --size")
         fits = functools.lru_cache(None)(lambda level: len(encode(level, step)) <= limit)
         level = levels[bisect.bisect_left(levels[:-1], True, key=fits)]      # and then how good they can be
         data = encode(level, step)
@@ -418,8 +414,8 @@ def _write_mp4(frames, times, quality, text):
         raise DataError("writing .mp4 needs `pip install imageio-ffmpeg`") from error
     x = premultiply(frames).astype(np.uint16)
     white = np.minimum(x[..., :3] + 255 - x[..., 3:], 255).astype(np.uint8)
-    # H.264: even
-    white = np.pad(white, ((0, 0), (0, white.shape[1] % 2), (0, white.shape[2] % 2), (0, 0)), mode="edge")
+    odd = ((0, 0), (0, white.shape[1] % 2), (0, white.shape[2] % 2), (0, 0))
+    white = np.pad(white, odd, mode="edge")               # H.264 wants even sides
     tick = max(20, math.gcd(*times))
     repeats = np.maximum(1, np.diff(np.round(np.cumsum(times) / tick).astype(int), prepend=0))
     with tempfile.TemporaryDirectory() as folder:
@@ -610,8 +606,7 @@ def find_keyframes(frames, pick="first"):
     benchmarks/data_bench.py). Frames that look the same count once: a row has min(k, distinct) entries.
     """
     x = frame_features(frames)
-    seen = {}
-    # the first that looks like it
+    seen = {}          # -> same (t,): the first frame that looks like this one
     same = np.array([seen.setdefault(row.tobytes(), i) for i, row in enumerate(x)])
     gram, distinct = x @ x.T, np.unique(same)
     table = np.full((MAX_K - MIN_K + 1, MAX_K), -1, np.int16)
@@ -633,8 +628,7 @@ def find_keyframes(frames, pick="first"):
 # ------------------------------------------------------------------------------------------------------------
 # A folder of stickers with captions
 
-# name: path inside the folder; split: 0 or 1
-Item = collections.namedtuple("Item", "path name caption split")
+Item = collections.namedtuple("Item", "path name caption split")     # name: path in the folder; split: 0 or 1
 
 
 def is_held_out(concept):
@@ -654,8 +648,7 @@ def _read_captions(path):
                     rows[str(row["file_name"])] = row
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 "
-                        f"({error}); "
-                        f"correct it") from error
+                        f"({error}); correct it") from error
     return rows
 
 
@@ -762,8 +755,8 @@ def in_order(work, items, workers, timeout=120):
         yield from map(work, items)
         return
     context = multiprocessing.get_context("spawn")       # fork is unsafe once torch has threads
-    # busy: pipe -> (number, process, since)
-    todo, idle, busy, done, position = enumerate(items), [], {}, {}, 0
+    todo, idle, done, position = enumerate(items), [], {}, 0
+    busy = {}                                            # pipe -> (number of the item, process, since)
 
     def start():
         ours, theirs = context.Pipe()
@@ -778,7 +771,11 @@ def in_order(work, items, workers, timeout=120):
         while task or done or any(number is not None for number, _, _ in busy.values()):
             while task and idle and task[0] < position + 8 * workers:
                 process, pipe = idle.pop()
-                pipe.send(task[1])
+                try:
+                    pipe.send(task[1])
+                except OSError:                          # it died while it had nothing to do
+                    start()
+                    continue
                 busy[pipe] = (task[0], process, time.monotonic())
                 task = next(todo, None)
             for pipe in multiprocessing.connection.wait(list(busy), 1) if busy else ():
@@ -788,10 +785,8 @@ def in_order(work, items, workers, timeout=120):
                 except (EOFError, OSError) as error:
                     process.join(5)
                     if number is None:
-                        raise DataError("--workers: the decoding processes do not start; use --workers "
-                                        "0") from error
-                    done[number] = ("unreadable", f"the decoder crashed (exit {process.exitcode}); replace "
-                                                  "or delete it")
+                        raise DataError("--workers: the decoding processes don't start; give 0") from error
+                    done[number] = "unreadable", f"its decoder crashed (exit {process.exitcode}); delete it"
                     start()
                     continue
                 idle.append((process, pipe))
@@ -800,7 +795,7 @@ def in_order(work, items, workers, timeout=120):
             for pipe in [p for p, (_, _, since) in busy.items() if time.monotonic() - since > timeout]:
                 number, process, _ = busy.pop(pipe)
                 process.kill()
-                done[number] = ("unreadable", f"took over {timeout:g} s; replace or delete it")
+                done[number] = "unreadable", f"took over {timeout:g} s; delete it"
                 start()
             while position in done:
                 yield done.pop(position)
@@ -842,8 +837,7 @@ class Report:
         bad = sum(self.counts().values())
         if bad == self.total or bad > max_bad * self.total:
             raise DataError(f"{folder}: {bad} of {self.total} files left out ({self.counts()}), over "
-                            f"--max-bad {max_bad:g}; "
-                            f"clean the folder, or raise --max-bad, or apply fewer with --filter")
+                            f"--max-bad {max_bad:g}; clean the folder, raise --max-bad or apply fewer with --filter")
 
 
 def decode_folder(folder, items, size, filters, workers, report):
@@ -888,8 +882,7 @@ def encode_frames(vae, frames, batch=32):
     """uint8 premultiplied (m, 4, h, w) -> float16 normalised latents (m, c, h/f, w/f)."""
     import torch
     if frames.shape[-1] % vae.f:
-        raise DataError(f"--size {frames.shape[-1]}: the VAE divides it by {vae.f}; choose a multiple of "
-                        "that")
+        raise DataError(f"--size {frames.shape[-1]}: must be a multiple of {vae.f}, the VAE's reduction")
     device = next(iter(vae.parameters()), torch.zeros(0)).device
     parts = []
     with torch.no_grad():
@@ -1013,8 +1006,7 @@ class Stickers:
             name = vae.id
             if self.meta["vae"] != name:
                 raise DataError(f"--data: the store holds latents of VAE {self.meta['vae']}, the run uses "
-                                f"{name}; prepare it "
-                                f"again with --vae, or without it (pixels suit every VAE)")
+                                f"{name}; prepare it again with --vae, or without it (pixels suit every VAE)")
             return self
         step = 256
         bar = tqdm(range(0, len(self.frames), step), "encoding", unit=f"x{step} frames",
@@ -1034,8 +1026,7 @@ def open_stickers(spec, size):
     stickers = Stickers.open(spec)
     if stickers.size != size:
         raise DataError(f"{spec}: prepared at {stickers.size} pixels, the run wants {size}; prepare it again "
-                        f"with --size {size}, "
-                        f"or run at {stickers.size}")
+                        f"with --size {size}, or run at {stickers.size}")
     return stickers
 
 
@@ -1099,7 +1090,8 @@ def prepare(folder, out, size, vae=None, workers=2, filters=FILTERS, max_bad=0.1
     meta = _meta("", size, vae)
     shape = (4, size, size) if vae is None else (vae.latent_channels, size // vae.f, size // vae.f)
     dtype = np.dtype("u1" if vae is None else "<f2")
-    inputs = hashlib.blake2b(repr((FORMAT, size, meta["vae"], sorted(filters))).encode())
+    how = (FORMAT, size, meta["vae"], sorted(filters), find_keyframes.__defaults__)
+    inputs = hashlib.blake2b(repr(how).encode())
     for item in items:
         stat = os.stat(item.path) if os.path.exists(item.path) else None
         line = repr((item[1:], stat and (stat.st_size, stat.st_mtime_ns)))
@@ -1217,8 +1209,8 @@ def emoji_caption(codes):
         if flag:
             words.append(chr(code - 0x1F1E6 + ord("a")))
         elif code in TONES:
-            words.append(f" {('light', 'medium-light', 'medium', 'medium-dark', 'dark')[code - TONES[0]]} "
-                         "skin tone ")
+            shade = ("light", "medium-light", "medium", "medium-dark", "dark")[code - TONES[0]]
+            words.append(f" {shade} skin tone ")
         elif 0xE0020 < code < 0xE007F:
             words.append(chr(code - 0xE0000))
         else:
@@ -1310,29 +1302,26 @@ def main(arguments=None):
     p = commands.add_parser("fluent", help="fetch Microsoft's Fluent animated emoji (MIT) with npm")
     p.add_argument("--out", required=True, help="folder to fill")
     p.add_argument("--parts", default="1,2,3,4", help="which of the four packages, such as 3 or 1,2")
-    p.add_argument("--no-tones", action="store_true", help="leave out skin-tone variants (734 of 2,109 "
-                                                           "animated ones stay)")
-    p.add_argument("--tarballs", default="", help="folder to find or keep the .tgz files in (default: "
-                                                  "deleted after use)")
-    p = commands.add_parser("prepare", help="decode a folder once, into a store that training reads without "
-                                            "decoding")
+    p.add_argument("--no-tones", action="store_true",
+                   help="leave out skin-tone variants (734 of the 2,109 animated ones stay)")
+    p.add_argument("--tarballs", default="",
+                   help="folder to find or keep the .tgz files in (default: OUT/tarballs, deleted after use)")
+    p = commands.add_parser("prepare", help="decode a folder once, into a store that training reads")
     p.add_argument("folder", help="folder of stickers")
     p.add_argument("--out", required=True, help="the store")
     p.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     p.add_argument("--vae", default="", help="VAE checkpoint: store its latents (default: store pixels)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes; 0: only "
-                                                                            "this one")
-    p.add_argument("--filter", default=",".join(FILTERS), help="what to leave out, some of "
-                                                               "small,aspect,entropy,duplicate; or none")
-    p.add_argument("--max-bad", type=float, default=0.1, help="fail if more than this share of the files is "
-                                                              "left out, 0 to 1")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1,
+                   help="decoding processes; 0: only this one")
+    p.add_argument("--filter", default=",".join(FILTERS),
+                   help="what to leave out, some of small,aspect,entropy,duplicate; or none")
+    p.add_argument("--max-bad", type=float, default=0.1,
+                   help="fail if more than this share of the files is left out, 0 to 1")
     p = commands.add_parser("convert", help="read a sticker and write it in another format, size or quality")
     p.add_argument("input")
     p.add_argument("output", help=f"the suffix decides: {' '.join(_ENCODERS)}")
-    p.add_argument("--size", type=int, default=0, help="fit into a square of this side in pixels; 0: as it "
-                                                       "is")
-    p.add_argument("--max-kb", type=float, default=0, help="largest file in kB (1000 bytes); 0: no limit, "
-                                                           "lossless")
+    p.add_argument("--size", type=int, default=0, help="fit into a square of this side, pixels; 0: as it is")
+    p.add_argument("--max-kb", type=float, default=0, help="largest file in kB (1000 bytes); 0: no limit")
     args = parser.parse_args(arguments)
     try:
         if args.command == "fluent":
@@ -1350,8 +1339,8 @@ def main(arguments=None):
                 import rdtf
             vae = rdtf.load_vae(args.vae) if args.vae else None
             s = prepare(args.folder, args.out, args.size, vae, args.workers, filters, args.max_bad)
-            print(f"{args.out}: {len(s)} stickers, {len(s.frames)} frames of "
-                  f"{'x'.join(map(str, s.frames.shape[1:]))}, "
+            shape = "x".join(map(str, s.frames.shape[1:]))
+            print(f"{args.out}: {len(s)} stickers, {len(s.frames)} frames of {shape}, "
                   f"{s.frames.nbytes / 1e6:.1f} MB, fingerprint {s.meta['fingerprint']}")
         else:
             frames, times = read_sticker(args.input)
