@@ -25,6 +25,7 @@ from data import DataError, Stickers
 DETERMINISTIC = ("step", "model", "ema", "optimizer", "curriculum", "window", "vae", "vae_id", "config",
                  "fingerprint")
 RUN = ("--log-every", "3", "--eval-every", "4")
+JOINT = ("--preset", "micro64", "--steps", 10, "--lr", 1e-4, *RUN)
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +121,7 @@ def ranks(out, store, *flags, hook=()):
 def joint(store, vae, tmp_path_factory):
     """One process, batch 4."""
     out = tmp_path_factory.mktemp("joint") / "run"
-    go(out, store, "--vae", vae, "--steps", 10, "--batch-size", 4, "--lr", 1e-4, *RUN)
+    go(out, store, "--vae", vae, "--batch-size", 4, *JOINT)
     return out
 
 
@@ -132,11 +133,12 @@ def close(a, b):
         assert v == (b[k] if isinstance(v, str) else pytest.approx(b[k], rel=1e-4, abs=1e-6)), k
 
 
-def test_two_processes_equal_one_with_the_joint_batch(store, vae, joint, plain, tmp_path):
+def test_two_processes_equal_one_with_the_joint_batch(store, vae, joint, tmp_path):
     out = tmp_path / "run"
-    assert ranks(out, store, "--vae", vae, "--steps", 10, "--batch-size", 2, "--lr", 1e-4, *RUN) == [0, 0]
+    assert ranks(out, store, "--vae", vae, "--batch-size", 2, *JOINT) == [0, 0]
     a, b = load(joint / "last.pt"), load(out / "last.pt")
-    assert largest(a, b) < 1e-6 and largest(a, load(plain / "last.pt")) > 1e-4
+    assert largest(a, b) < 1e-6
+    assert largest(a, {"model": a["model"] | a["ema"]}) > 1e-5              # the weights did move
     # also: what is logged is a mean over ranks, and the curriculum saw the same losses
     close(log_of(joint), log_of(out))
     assert np.allclose(a["curriculum"]["losses"], b["curriculum"]["losses"], rtol=1e-5)
@@ -147,8 +149,7 @@ def test_two_processes_equal_one_with_the_joint_batch(store, vae, joint, plain, 
 
 
 def test_accumulation_equals_one_large_batch(store, vae, joint, tmp_path):
-    go(tmp_path / "run", store, "--vae", vae, "--steps", 10, "--batch-size", 1, "--accumulation", 4,
-       "--lr", 1e-4, *RUN)
+    go(tmp_path / "run", store, "--vae", vae, "--batch-size", 1, "--accumulation", 4, *JOINT)
     assert largest(load(joint / "last.pt"), load(tmp_path / "run" / "last.pt")) < 1e-6
     close(log_of(joint), log_of(tmp_path / "run"))
 
