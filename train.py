@@ -33,11 +33,13 @@ from tqdm import tqdm
 
 from curriculum import GENERATION, TASKS, Curriculum, allowed, choices, make_masks
 from data import DataError, Stickers, draw_clip, open_stickers, save_sheet, write_sticker
-from rdtf import PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, load_vae, read_weights
+from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, keep_memory, load_vae,
+                  read_weights)
 from sample import Loaded, ema_weights, sample_clips, to_straight
 
 FORMAT = 1                                           # of checkpoints
 BUILT_IN = Path(__file__).parent / "assets" / "stickers"
+SHIPPED = Path(__file__).parent / "weights" / "fluent-64.pt"
 RECIPES = {  # what the flags of a preset default to
     "tiny": dict(steps=700, batch_size=8, lr=1e-3, ema=0.995, warmup=50, schedule="cosine",
                  vae_steps=900, vae_batch_size=16),
@@ -59,7 +61,8 @@ def parser():
     a("--preset", default="tiny", help=f"size of everything: {', '.join(PRESETS)}")
     a("--stage", default="auto", choices=["auto", "vae"], help="vae: the autoencoder only; auto: DFGN too")
     a("--vae", default="",
-      help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); empty: train one")
+      help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); train: train one; "
+           "empty: tiny takes the shipped one, other presets train one")
     a("--text-encoder", nargs="+", default=[], metavar="PATH",
       help="one or two local Hugging Face text encoders; none: byte transformer")
     a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="mixes frames (Table 3)")
@@ -95,6 +98,8 @@ def parser():
     a("--patience", type=int, default=20, help="stop after this many non-finite losses in a row")
     a("--max-updates", type=int, default=0, help="save and stop after this many updates, 0 = no limit")
     a("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
+    a("--export", default="", metavar="FILE",
+      help="write the averaged weights of OUT/last.pt in half precision, for sampling and sharing, and stop")
     a("--dry-run", action="store_true", help="print the plan and the time of three updates, write nothing")
     return p
 
@@ -850,6 +855,10 @@ def resolve(args):
         if not low <= value <= high:
             wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
             raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
+    if not args.vae and args.stage == "auto" and args.preset == "tiny" and SHIPPED.exists():
+        args.vae = str(SHIPPED)
+    if args.vae == "train":
+        args.vae = ""
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
     settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())
@@ -935,10 +944,28 @@ def run(args):
         print(done if finished else f"stopped; the same command goes on from {out}")
 
 
+def export(args):
+    """OUT/last.pt -> a small file that sample.py and --vae read: averaged weights, autoencoder, configuration."""
+    path = Path(args.out or f"runs/{args.preset}") / MainStage.file
+    if not path.exists():
+        raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")
+    data = load_checkpoint(path, "main")
+    keep = {k: data[k] for k in ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")}
+    model = {k: v.half() for k, v in {**data["model"], **data["ema"]}.items()}
+    vae = {k: v.half() for k, v in data["vae"].items()}
+    Path(args.export).parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(args.export, {**keep, "model": model, "ema": {}, "vae": vae})
+    print(f"{args.export}: {os.path.getsize(args.export) / 2 ** 20:.1f} MiB, update {data['step']}")
+
+
 def main():
     args = parser().parse_args()
+    keep_memory()
     try:
-        run(args)
+        if args.export:
+            export(args)
+        else:
+            run(args)
     except DataError as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
