@@ -837,7 +837,7 @@ class Report:
         bad = sum(self.counts().values())
         if bad == self.total or bad > max_bad * self.total:
             raise DataError(f"{folder}: {bad} of {self.total} files left out ({self.counts()}), over "
-                            f"--max-bad {max_bad:g}; clean the folder, raise --max-bad or apply fewer with --filter")
+                            f"--max-bad {max_bad:g}; clean it, raise --max-bad or apply fewer --filter")
 
 
 def decode_folder(folder, items, size, filters, workers, report):
