@@ -17,7 +17,7 @@ from rdtf import DFGN, MIXERS, PRESETS, RDTF, STI, Config, TemporalConv, timeste
 from release import build, to_ours  # noqa: E402
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden_dfgn.npz")
-SMALL = dict(widths=(32, 64), head_dim=16, context_dim=24, layers=1)
+SMALL = dict(latent_channels=4, widths=(32, 64), head_dim=16, context_dim=24, layers=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------
