@@ -176,7 +176,8 @@ class Attention(nn.Module):
 
     def split(self, x, parts):
         """b n (parts heads d) -> `parts` tensors b heads n d."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # unbound before transposing: the backward pass stacks the gradients as the projection wants them
+        return [y.transpose(1, 2) for y in x.unflatten(-1, (parts, self.heads, -1)).unbind(2)]
 
     def project_context(self, context):
         return self.split(self.kv(context), 2)                              # two of b heads n d
@@ -197,7 +198,8 @@ class FeedForward(nn.Module):
         self.proj, self.out = nn.Linear(dim, 8 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, -1)
+        # two products instead of halves of one: the backward pass need not join the widest map of the network
+        value, gate = (F.linear(x, w, b) for w, b in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return self.out(value * F.gelu(gate))
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from curriculum import make_masks
 from data import DataError, fit_frames, read_metadata, read_sticker, save_sheet, unpremultiply, write_sticker
-from rdtf import RDTF, SAMPLERS, AutoencoderKL, Config, guided_eps, read_weights, sample
+from rdtf import RDTF, SAMPLERS, AutoencoderKL, Config, guided_eps, keep_memory, read_weights, sample
 
 FORMAT = 1
 HERE = Path(__file__).parent
@@ -372,6 +372,7 @@ def restore(frames, clip, given, straight):
 
 def main():
     args = parser().parse_args()
+    keep_memory()
     try:
         run(args)
     except DataError as e:
