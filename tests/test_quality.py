@@ -172,13 +172,11 @@ def test_every_light_measure_worsens_with_every_distortion_it_claims_to_see(kind
                   "other stickers": bench.raw(toy_clips(16, 1), EVERY, captions)}
     curves = quality.response(bench, real, captions, kind, references)
     claimed = {m for m in ("PSNR dB", "SSIM", "alpha MAE", "temporal error", "motion / real", "VAE-Frechet")
-               if kind in quality.CLAIMS[m]}
-    assert {measure for measure, _ in curves} == claimed and ("VAE-Frechet", "other stickers") in curves
+               if kind in quality.CLAIMS["the same stickers"][m]}
+    assert {measure for measure, _ in curves} == claimed
+    assert (("VAE-Frechet", "other stickers") in curves) == (kind == "noise")
     for (measure, reference), curve in curves.items():
-        if reference == "the same stickers":
-            assert quality.monotone(measure, curve), (measure, curve)
-        else:                            # at N = 16 only the strongest level stands clear of the bias
-            assert curve[-1] > curve[0], (measure, curve)
+        assert quality.monotone(measure, curve), (measure, reference, curve)
 
 
 def test_the_validity_test_can_fail():
