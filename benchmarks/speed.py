@@ -147,28 +147,28 @@ def report(title, times, flops, peak):
 
 def compare(models, data, args, clock):
     """One training step (forward + backward, no optimizer) and one forward in inference mode, for each dtype."""
-    for dtype in args.dtype:
+    def train(net, call, dtype):
+        net.zero_grad(set_to_none=True)
+        with autocast(args.device, dtype):
+            y = call(*data)
+        y.float().square().mean().backward()
+
+    def infer(net, call, dtype):
+        with torch.inference_mode(), autocast(args.device, dtype):
+            call(*data)
+
+    steps = {"training step": train, "forward": infer}
+    flops = {title: {name: count_flops(lambda: step(*m, args.dtype[0])) for name, m in models.items()}
+             for title, step in steps.items()}                              # this warms up, too
+    if args.compile:
+        models["ours"][0].compile()
+    for i, dtype in enumerate(args.dtype):
         peak = matmul_peak(clock, args.device, dtype)
-        print(f"\n{dtype}: matmul peak {peak / 1e9:.0f} GFLOP/s")
-
-        def train(net, call):
-            net.zero_grad(set_to_none=True)
-            with autocast(args.device, dtype):
-                y = call(*data)
-            y.float().square().mean().backward()
-
-        def infer(net, call):
-            with torch.inference_mode(), autocast(args.device, dtype):
-                call(*data)
-
-        for title, step in (("training step", train), ("forward", infer)):
-            works = {name: lambda m=m, step=step: step(*m) for name, m in models.items()}
-            flops = None
-            if not args.compile:
-                flops = {name: count_flops(work) for name, work in works.items()}
-            report(f"{title}, {dtype}", alternate(clock, works, args.repeats), flops, peak)
-        for net, _ in models.values():
-            net.zero_grad(set_to_none=True)
+        print(f"\n{dtype}: matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
+        for title, step in steps.items():
+            works = {name: lambda m=m, step=step: step(*m, dtype) for name, m in models.items()}
+            times = alternate(clock, works, args.repeats, warmup=1 if i or args.compile else 0)
+            report(f"{title}, {dtype}", times, flops[title], peak)
 
 
 def compare_sampling(models, data, args, clock):
@@ -298,9 +298,11 @@ def main():
     p.add_argument("--batch", type=int, default=0, help="clips; 0: 1, or 8 for the paper preset on a GPU")
     p.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"], help="bf16 is autocast")
     p.add_argument("--peers", nargs="*", default=["I2VGenXLUNet", "UNet3DConditionModel"], choices=list(BUILDERS)[1:])
-    p.add_argument("--repeats", type=int, default=5, help="rounds; the median is printed")
+    p.add_argument("--repeats", type=int, default=3, help="rounds; the median is printed")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     p.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, for busy machines")
+    p.add_argument("--no-keep-memory", action="store_true",
+                   help="leave glibc's malloc as it is (rdtf.keep_memory speeds up the peers, too)")
     p.add_argument("--sampling", action="store_true", help="measure a whole sampling run instead of single steps")
     p.add_argument("--steps", type=int, default=50, help="sampling steps")
     p.add_argument("--compile", action="store_true", help="torch.compile our network (minutes at the start)")
@@ -308,6 +310,8 @@ def main():
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU here; --count tells what can be counted without one")
+    if not args.no_keep_memory:
+        rdtf.keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.batch = args.batch or (8 if args.preset and args.device == "cuda" else 1)
@@ -330,7 +334,7 @@ def main():
             print(f"{name}: left out, needs the optional package diffusers: pip install diffusers", file=sys.stderr)
             continue
         print(f"{name:22s} {parameters(models[name][0]) / 1e6:.2f} M parameters")
-    if args.compile:
+    if args.compile and args.sampling:
         models["ours"][0].compile()
     data = inputs(cfg, args.batch, args.latent, args.text_tokens, args.device)
     (compare_sampling if args.sampling else compare)(models, data, args, clock)
