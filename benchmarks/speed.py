@@ -181,7 +181,8 @@ def compare_sampling(models, data, args, clock):
     negative, mask = torch.zeros_like(context), torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     mask[:, 0] = True
     cond = torch.where(mask[:, :, None, None, None], cond, 0)
-    shim = SimpleNamespace(net=models["ours"][0], text=lambda tokens: tokens)   # texts are given as tokens here
+    net = models["ours"][0]
+    shim = SimpleNamespace(net=net, cfg=net.cfg, text=lambda tokens: tokens)    # texts are given as tokens here
     branches = ((negative, torch.zeros_like(cond)), (negative, cond), (context, cond))
 
     def ours(text_scale, image_scale):
