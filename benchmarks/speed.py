@@ -1,18 +1,20 @@
-"""Speed and memory of DFGN beside its peers: diffusers' I2VGenXLUNet (the release's parent) and UNet3DConditionModel.
+"""Speed and memory of DFGN beside diffusers' I2VGenXLUNet (the release's parent) and UNet3DConditionModel.
 
     python benchmarks/speed.py                         # training step and forward, bf16 autocast and fp32
     python benchmarks/speed.py --sampling              # 50 DDIM steps with two-scale guidance, one sticker
     python benchmarks/speed.py --compile               # the same, our network compiled
-    python benchmarks/speed.py --preset paper --count  # parameters, FLOPs and memory that can be counted without a GPU
-    python benchmarks/speed.py --preset paper --device cuda [--compile]   # memory, share of peak, Table 8's forward
+    python benchmarks/speed.py --preset paper --count  # what can be counted without a GPU
+    python benchmarks/speed.py --preset paper --device cuda [--compile]   # memory, share of peak, Table 8
 
-One process, all models on the same inputs, one run of each in turn (so that a busy machine slows all of them alike); the
-ratio is the median over rounds of peer / ours. Peers need `pip install diffusers`; without it only ours is measured.
+One process, all models on the same inputs, one run of each in turn (a busy machine slows all of them alike);
+the ratio is the median over rounds of peer / ours. Peers need `pip install diffusers`; without it only ours is
+measured.
 
-Matched: widths, layers per level, levels with attention, head width, text width and tokens, frames, latent size, batch,
-dtype, random weights, default attention processors (SDPA). Not matched, because the peers are what they are: I2VGenXLUNet
-has (3,1,1) temporal convolutions where DFGN has STI, and adds 68 image tokens to the text tokens and an fps embedding;
-UNet3DConditionModel has temporal convolutions too, no condition frames and no condition encoder. Neither knows padding.
+Matched: widths, layers per level, levels with attention, head width, text width and tokens, frames, latents,
+batch, dtype, random weights, default attention processors (SDPA). Not matched, as the peers are what they are:
+I2VGenXLUNet has (3,1,1) temporal convolutions where DFGN has STI, and adds 68 image tokens to the text tokens
+and an fps embedding; UNet3DConditionModel has temporal convolutions too, no condition frames and no condition
+encoder. Neither knows padding.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import rdtf  # noqa: E402
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The models, all called as eps(x, t, cond, context) with clips (b, t, c, h, w)
 
 
@@ -39,15 +41,19 @@ def build_ours(cfg, device):
     return net, net
 
 
+def diffusers_words(cfg):
+    return dict(in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
+                block_out_channels=cfg.widths, layers_per_block=cfg.layers,
+                cross_attention_dim=cfg.context_dim, attention_head_dim=cfg.head_dim)
+
+
 def build_i2vgenxl(cfg, device):
     from diffusers import I2VGenXLUNet
-    net = I2VGenXLUNet(sample_size=None, in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
-                       block_out_channels=cfg.widths, layers_per_block=cfg.layers, cross_attention_dim=cfg.context_dim,
-                       attention_head_dim=cfg.head_dim).to(device)
+    net = I2VGenXLUNet(**diffusers_words(cfg)).to(device)
     fill(net)
 
     def call(x, t, cond, context):
-        fps, image = torch.full_like(t, 8), context[:, 0]                   # the image embedding has the text's width
+        fps, image = torch.full_like(t, 8), context[:, 0]           # the image embedding has the text's width
         y = net(x.transpose(1, 2), t, fps, cond.transpose(1, 2), image, context, return_dict=False)[0]
         return y.transpose(1, 2)
 
@@ -56,11 +62,13 @@ def build_i2vgenxl(cfg, device):
 
 def build_unet3d(cfg, device):
     from diffusers import UNet3DConditionModel
-    net = UNet3DConditionModel(in_channels=cfg.latent_channels, out_channels=cfg.latent_channels,
-                               block_out_channels=cfg.widths, layers_per_block=cfg.layers,
-                               cross_attention_dim=cfg.context_dim, attention_head_dim=cfg.head_dim).to(device)
+    net = UNet3DConditionModel(**diffusers_words(cfg)).to(device)
     fill(net)
-    return net, lambda x, t, cond, context: net(x.transpose(1, 2), t, context, return_dict=False)[0].transpose(1, 2)
+
+    def call(x, t, cond, context):
+        return net(x.transpose(1, 2), t, context, return_dict=False)[0].transpose(1, 2)
+
+    return net, call
 
 
 BUILDERS = {"ours": build_ours, "I2VGenXLUNet": build_i2vgenxl, "UNet3DConditionModel": build_unet3d}
@@ -77,12 +85,12 @@ def autocast(device, dtype):
     return torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
 class Clock:
-    """Seconds of wall time, or of this process's CPU time (all threads): on a busy machine only the latter is stable."""
+    """Seconds of wall time, or of CPU time (all threads): on a busy machine only the latter is stable."""
 
     def __init__(self, device, kind):
         self.device, self.now = device, time.process_time if kind == "cpu" else time.perf_counter
@@ -141,12 +149,12 @@ def report(title, times, flops, peak):
         print(f"{name:22s} {middle:9.3f} {min(seconds):9.3f} {ratio:9.2f}x {tail}", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is measured
 
 
 def compare(models, data, args, clock):
-    """One training step (forward + backward, no optimizer) and one forward in inference mode, for each dtype."""
+    """One training step (forward + backward, no optimizer) and one forward in inference mode."""
     def train(net, call, dtype):
         net.zero_grad(set_to_none=True)
         with autocast(args.device, dtype):
@@ -174,15 +182,16 @@ def compare(models, data, args, clock):
 def compare_sampling(models, data, args, clock):
     """DDIM with eta 1 and two-scale guidance for one sticker, from noise to latents.
 
-    Peers do what the release does: three calls a step, each with its condition. Ours computes the condition (encoder, text
-    keys and values) once; at the paper's equal scales the middle call has weight zero and is left out (exact).
+    Peers do what the release does: three calls a step, each with its condition. Ours computes the condition
+    (encoder, text keys and values) once; at the paper's equal scales the middle call has weight zero and is
+    left out (exact).
     """
     x, _, cond, context = data
     negative, mask = torch.zeros_like(context), torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     mask[:, 0] = True
     cond = torch.where(mask[:, :, None, None, None], cond, 0)
     net = models["ours"][0]
-    shim = SimpleNamespace(net=net, cfg=net.cfg, text=lambda tokens: tokens)    # texts are given as tokens here
+    shim = SimpleNamespace(net=net, cfg=net.cfg, text=lambda tokens: tokens)   # texts come as tokens
     branches = ((negative, torch.zeros_like(cond)), (negative, cond), (context, cond))
 
     def ours(text_scale, image_scale):
@@ -203,7 +212,8 @@ def compare_sampling(models, data, args, clock):
             works = {name: (lambda: run(ours)) if name == "ours" else (lambda call=m[1]: run(peer, call))
                      for name, m in models.items()}
             times = alternate(clock, works, args.repeats, warmup=0 if args.device == "cpu" else 1)
-            report(f"{args.steps} DDIM steps, text scale {scales[0]}, image scale {scales[1]}, {dtype}", times, None, 1)
+            title = f"{args.steps} DDIM steps, text scale {scales[0]}, image scale {scales[1]}, {dtype}"
+            report(title, times, None, 1)
 
 
 def saved_bytes(net, work):
@@ -212,7 +222,7 @@ def saved_bytes(net, work):
 
     def pack(x):
         if x.untyped_storage()._cdata not in own:
-            kept[x.untyped_storage()._cdata] = x.untyped_storage()          # holding it keeps the id from being reused
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()  # holding it: the id is not used again
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -223,17 +233,17 @@ def saved_bytes(net, work):
 
 
 def count(cfg, args):
-    """What needs no GPU: everything on the meta device, in bf16. Norms in fp32 (CUDA autocast) keep more than is said here."""
+    """What needs no GPU: all on the meta device, in bf16. Autocast on a GPU keeps fp32 norms on top."""
     with torch.device("meta"):
         net = rdtf.DFGN(cfg).bfloat16()
         data = inputs(cfg, args.batch, args.latent, args.text_tokens, "meta", torch.bfloat16)
     n = parameters(net)
     print(f"parameters {n / 1e6:.1f} M; weights, gradients and AdamW in fp32 {16 * n / 2 ** 30:.1f} GiB")
     forward = count_flops(lambda: net(*data))
-    print(f"forward {forward / 1e9:.0f} GFLOP a batch of {args.batch}, forward + backward about {3 * forward / 1e9:.0f}")
+    print(f"batch {args.batch}: forward {forward / 1e9:.0f} GFLOP, backward about {2 * forward / 1e9:.0f}")
     for net.checkpointing in (False, True):
         gib = saved_bytes(net, lambda: net(*data)) / 2 ** 30
-        print(f"kept for the backward pass {'with' if net.checkpointing else 'without'} checkpointing: {gib:.2f} GiB")
+        print(f"kept for the backward pass, checkpointing {net.checkpointing}: {gib:.2f} GiB")
 
 
 def on_gpu(cfg, args, clock):
@@ -269,8 +279,9 @@ def on_gpu(cfg, args, clock):
         y.square().mean().backward()
 
     seconds = statistics.median(alternate(clock, {"ours": step}, args.repeats, warmup=3)["ours"])
-    print(f"forward + backward, batch {args.batch}: {1e3 * seconds:.1f} ms, {flops / seconds / 1e12:.0f} TFLOP/s, "
-          f"{flops / seconds / peak:.1%} of peak, {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB", flush=True)
+    gib = torch.cuda.max_memory_allocated() / 2 ** 30
+    print(f"forward + backward, batch {args.batch}: {1e3 * seconds:.1f} ms,",
+          f"{flops / seconds / 1e12:.0f} TFLOP/s, {flops / seconds / peak:.1%} of peak, {gib:.1f} GiB", flush=True)
     net.zero_grad(set_to_none=True)
     data = inputs(cfg, 1, args.latent, args.text_tokens, "cuda")
     for dtype in args.dtype:
@@ -284,30 +295,35 @@ def on_gpu(cfg, args, clock):
 def inputs(cfg, b, latent, tokens, device, dtype=torch.float32):
     clip = (b, cfg.frames, cfg.latent_channels, latent, latent)
     x, cond = (torch.randn(clip, device=device, dtype=dtype) for _ in range(2))
-    return x, torch.full((b,), 500, device=device), cond, torch.randn(b, tokens, cfg.context_dim, device=device, dtype=dtype)
+    context = torch.randn(b, tokens, cfg.context_dim, device=device, dtype=dtype)
+    return x, torch.full((b,), 500, device=device), cond, context
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    p.add_argument("--preset", default="", choices=["", "paper"], help="paper: the 0.96 B network; default: the small one")
+    p.add_argument("--preset", default="", choices=["", "paper"],
+                   help="paper: the 0.96 B network; default: the small one")
     p.add_argument("--widths", type=int, nargs="+", default=[64, 128, 192, 256], help="channels per level")
     p.add_argument("--head-dim", type=int, default=64, help="channels per attention head")
     p.add_argument("--context-dim", type=int, default=256, help="width of the text tokens")
     p.add_argument("--text-tokens", type=int, default=77, help="text tokens a clip")
     p.add_argument("--latent", type=int, default=32, help="latent rows and columns")
     p.add_argument("--batch", type=int, default=0, help="clips; 0: 1, or 8 for the paper preset on a GPU")
-    p.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"], help="bf16 is autocast")
-    p.add_argument("--peers", nargs="*", default=["I2VGenXLUNet", "UNet3DConditionModel"], choices=list(BUILDERS)[1:])
+    p.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"],
+                   help="bf16 is autocast")
+    p.add_argument("--peers", nargs="*", default=list(BUILDERS)[1:], choices=list(BUILDERS)[1:],
+                   help="networks of diffusers; none after the flag: only ours")
     p.add_argument("--repeats", type=int, default=3, help="rounds; the median is printed")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    p.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, for busy machines")
+    p.add_argument("--clock", default="wall", choices=["wall", "cpu"],
+                   help="cpu: CPU seconds, for busy machines")
     p.add_argument("--no-keep-memory", action="store_true",
                    help="leave glibc's malloc as it is (rdtf.keep_memory speeds up the peers, too)")
-    p.add_argument("--sampling", action="store_true", help="measure a whole sampling run instead of single steps")
+    p.add_argument("--sampling", action="store_true", help="measure whole sampling runs, not single steps")
     p.add_argument("--steps", type=int, default=50, help="sampling steps")
     p.add_argument("--compile", action="store_true", help="torch.compile our network (minutes at the start)")
-    p.add_argument("--count", action="store_true", help="count parameters, FLOPs and bytes on the meta device and stop")
+    p.add_argument("--count", action="store_true", help="count parameters, FLOPs and bytes, then stop")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU here; --count tells what can be counted without one")
@@ -324,15 +340,16 @@ def main():
     torch.manual_seed(0)
     if args.preset and args.device == "cuda":
         return on_gpu(cfg, args, clock)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.clock} seconds; widths "
-          f"{cfg.widths}, head {cfg.head_dim}, text {args.text_tokens}x{cfg.context_dim}, {args.batch}x{cfg.frames} frames of "
-          f"{args.latent}x{args.latent} latents")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {args.device}, {threads} threads, {args.clock} seconds\n"
+          f"widths {cfg.widths}, head {cfg.head_dim}, text {args.text_tokens}x{cfg.context_dim}, "
+          f"{args.batch}x{cfg.frames} frames of {args.latent}x{args.latent} latents")
     models = {}
     for name in ["ours", *args.peers]:
         try:
             models[name] = BUILDERS[name](cfg, args.device)
         except ImportError:
-            print(f"{name}: left out, needs the optional package diffusers: pip install diffusers", file=sys.stderr)
+            print(f"{name}: left out, it needs the optional package: pip install diffusers", file=sys.stderr)
             continue
         print(f"{name:22s} {parameters(models[name][0]) / 1e6:.2f} M parameters")
     if args.compile and args.sampling:

@@ -12,22 +12,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.dirname(os.path.abspath(__file__))]
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
 from rdtf import DFGN, MIXERS, PRESETS, RDTF, STI, Config, TemporalConv, timestep_embedding  # noqa: E402
 from release import build, to_ours  # noqa: E402
 
-GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden_dfgn.npz")
+GOLDEN = os.path.join(HERE, "golden_dfgn.npz")
 SMALL = dict(latent_channels=4, widths=(32, 64), head_dim=16, context_dim=24, layers=1)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The release's names and shapes, written down independently of our modules
 
 
 def release_shapes(config):
     """config in the release's words -> {name: shape} of its state dict."""
     ws, d, hd = config["block_out_channels"], config["cross_attention_dim"], config["attention_head_dim"]
-    layers, c, frames = config.get("layers_per_block", 2), config.get("in_channels", 4), config.get("num_frames", 8)
+    layers, c = config.get("layers_per_block", 2), config.get("in_channels", 4)
+    frames = config.get("num_frames", 8)
     time, shapes = 4 * ws[0], {}
 
     def add(name, *shape, bias=True):
@@ -125,7 +127,7 @@ def release_weights(config):
     return weights
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Helpers
 
 
@@ -162,7 +164,7 @@ def gradients(net, loss):
     return {name: p.grad for name, p in net.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fidelity
 
 
@@ -186,7 +188,7 @@ def test_golden_vector():
     assert sorted(names) == sorted(modules)
     for name in names:
         tap = taps[name]
-        if name == "image_latents_temporal_encoder":                        # the release keeps it as (b h w) t c
+        if name == "image_latents_temporal_encoder":  # the release keeps it as (b h w) t c
             tap = tap.permute(2, 3, 0, 1)
         want, std = torch.from_numpy(z["tap:" + name]), float(z["std:" + name])
         assert float((tap.reshape(-1)[::13] - want).abs().max()) < 1e-4 * std, name
@@ -196,7 +198,7 @@ def test_golden_vector():
     ((32, 64), 1, 8, 16, 8, 12, 2), ((32, 32), 2, 32, 40, 4, 4, 1), ((32, 96, 64), 2, 16, 20, 8, 16, 2),
     ((64, 32, 96), 3, 32, 8, 16, 8, 1), ((32, 64, 96, 128), 1, 24, 48, 16, 16, 1)])
 def test_other_configs(widths, layers, head, text, h, w, b):
-    """Release-named weights of any width, depth, head width, text width load strictly; any latent size and batch runs."""
+    """Release-named weights of any width, depth, head and text width load strictly; any latent size runs."""
     config = dict(block_out_channels=list(widths), layers_per_block=layers, attention_head_dim=head,
                   cross_attention_dim=text)
     weights, net = release_weights(config), build(config)
@@ -207,7 +209,7 @@ def test_other_configs(widths, layers, head, text, h, w, b):
         out = net(x, t, cond, context)
         assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
         assert 0.01 < out.std() < 100
-        for i in range(b):                                                  # clips of a batch know nothing of each other
+        for i in range(b):  # clips of a batch know nothing of each other
             close(net(x[i:i + 1], t[i:i + 1], cond[i:i + 1], context[i:i + 1]), out[i:i + 1], 1e-4)
 
 
@@ -219,7 +221,8 @@ def test_paper_preset_has_096_billion_parameters():
     mixers = [layer.mix for layer in net.layers()]
     parts = {"condition encoder": net.condition_encoder, "time embedding": net.time, "conv in": net.conv_in,
              "transformer in": net.transformer_in, "down": net.down, "mid": net.mid, "up": net.up,
-             "norm and conv out": torch.nn.ModuleList([net.norm_out, net.conv_out]), "text projection": model.text}
+             "norm and conv out": torch.nn.ModuleList([net.norm_out, net.conv_out]),
+             "text projection": model.text}
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
     for name, n in count.items():
         print(f"{name:18s} {n / 1e6:9.3f} M")
@@ -242,14 +245,14 @@ def test_sti_equals_a_slow_reference():
     with torch.no_grad():
         got = m(x).unflatten(0, (b, t))
 
-        def norm(z, groups, module):                                        # z: channels h w
+        def norm(z, groups, module):  # z: channels h w
             out = torch.stack([(g - g.mean()) / (g.var(correction=0) + 1e-6).sqrt() for g in z.chunk(groups)])
             return out.view_as(z) * module.weight[:, None, None] + module.bias[:, None, None]
 
         for clip, want in zip(x.unflatten(0, (b, t)), got):
             pooled = torch.stack([clip[f, :, i:i + 2, j:j + 2].mean((1, 2))
-                                  for f in range(t) for i in range(0, h, 2) for j in range(0, w, 2)])     # n c
-            q, k, v = (pooled @ part.T for part in m.semantic.attn.q.weight.chunk(3))                     # n 256
+                                  for f in range(t) for i in range(0, h, 2) for j in range(0, w, 2)])  # n c
+            q, k, v = (pooled @ part.T for part in m.semantic.attn.q.weight.chunk(3))  # n 256
             heads = []
             for a in range(8):
                 s = slice(32 * a, 32 * a + 32)
@@ -263,12 +266,13 @@ def test_sti_equals_a_slow_reference():
                         semantic[f, :, y:y + 2, z:z + 2] += attended[i][:, None, None]
                         i += 1
             for channel in range(c):
-                d = clip[:, channel]                                        # t h w: the frames are the channels
+                d = clip[:, channel]  # t h w: the frames are the channels
                 for j in (0, 2):
-                    r = F.conv2d(F.silu(norm(d, 1, m.detail.norms[j]))[None], m.detail.convs[j].weight,
-                                 m.detail.convs[j].bias, padding=1)[0]
-                    r = F.conv2d(F.silu(norm(r, 1, m.detail.norms[j + 1]))[None], m.detail.convs[j + 1].weight,
-                                 m.detail.convs[j + 1].bias, padding=1)[0]
+                    r = d
+                    for k in (j, j + 1):
+                        conv = m.detail.convs[k]
+                        r = F.silu(norm(r, 1, m.detail.norms[k]))
+                        r = F.conv2d(r[None], conv.weight, conv.bias, padding=1)[0]
                     d = d + r
                 detail[:, channel] = d
             for f in range(t):
@@ -299,7 +303,7 @@ def test_timestep_embedding():
     assert torch.allclose(e[7, 16:18], torch.tensor([7.0, 7 * 10000 ** (-1 / 16)]).sin())
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Padding, variants, order
 
 
@@ -310,7 +314,7 @@ def test_padding_never_reaches_a_real_frame(temporal):
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     for n in range(1, 8):
         mask = (torch.arange(8) < n)[None]
-        given = torch.arange(8)[None] % 2 == 0                              # also "given" frames past n
+        given = torch.arange(8)[None] % 2 == 0  # also "given" frames past n
         results = []
         for junk in (0.0, (1e4, float("nan"), float("inf"))[n % 3]):
             x2, c2 = x.clone(), cond.clone()
@@ -321,7 +325,7 @@ def test_padding_never_reaches_a_real_frame(temporal):
         (out, grads), (out2, grads2) = results
         assert out.isfinite().all() and torch.equal(out, out2), n
         assert all(torch.equal(grads[k], grads2[k]) for k in grads), n
-    with torch.no_grad():                                                   # n = F: a full mask is no mask
+    with torch.no_grad():  # n = F: a full mask is no mask
         full = torch.ones(1, 8, dtype=torch.bool)
         assert torch.equal(net(x, t, cond, context, None, full), net(x, t, cond, context))
 
@@ -344,13 +348,14 @@ def test_every_parameter_gets_a_gradient(temporal, n):
     x, t, cond, context = inputs()
     mask = (torch.arange(8) < n)[None]
     fresh = DFGN(Config(**SMALL, temporal=temporal))
-    assert all(g is not None for g in gradients(fresh, fresh(x, t, cond, context, None, mask)[:, :n].sum()).values())
+    grads = gradients(fresh, fresh(x, t, cond, context, None, mask)[:, :n].sum())
+    assert all(g is not None for g in grads.values())
     net = random_net(widths=(64, 64), temporal=temporal)
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     loss = ((net(x, t, cond, context, None, mask) - target)[:, :n] ** 2).mean()
     for name, g in gradients(net, loss).items():
         assert g.isfinite().all(), name
-        if not name.endswith("detail.convs.3.bias"):                        # a frame's mean: the group norm removes it
+        if not name.endswith("detail.convs.3.bias"):  # a frame's mean: the group norm removes it
             assert g.abs().sum() > 0, name
 
 
@@ -372,7 +377,7 @@ def test_only_the_detail_branch_knows_the_order_of_frames():
             assert torch.allclose(straight[:, order], shuffled, atol=1e-3) == blind
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Speed and memory options change nothing
 
 
