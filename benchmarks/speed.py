@@ -7,11 +7,11 @@
     python benchmarks/speed.py --preset paper --device cuda [--compile]   # memory, share of peak, Table 8
 
 One process, all models on the same inputs, one run of each in turn (a busy machine slows all of them alike);
-the ratio is the median over rounds of peer / ours. Peers need `pip install diffusers`; without it only ours is
-measured.
+the ratio is the median over rounds of peer / ours. Peers need `pip install diffusers`; without it only ours
+is measured.
 
 Matched: widths, layers per level, levels with attention, head width, text width and tokens, frames, latents,
-batch, dtype, random weights, default attention processors (SDPA). Not matched, as the peers are what they are:
+batch, dtype, random weights, default attention processors (SDPA). Not matched, the peers are what they are:
 I2VGenXLUNet has (3,1,1) temporal convolutions where DFGN has STI, and adds 68 image tokens to the text tokens
 and an fps embedding; UNet3DConditionModel has temporal convolutions too, no condition frames and no condition
 encoder. Neither knows padding.
@@ -281,7 +281,7 @@ def on_gpu(cfg, args, clock):
     seconds = statistics.median(alternate(clock, {"ours": step}, args.repeats, warmup=3)["ours"])
     gib = torch.cuda.max_memory_allocated() / 2 ** 30
     print(f"forward + backward, batch {args.batch}: {1e3 * seconds:.1f} ms,",
-          f"{flops / seconds / 1e12:.0f} TFLOP/s, {flops / seconds / peak:.1%} of peak, {gib:.1f} GiB", flush=True)
+          f"{flops / seconds / 1e12:.0f} TFLOP/s, {flops / seconds / peak:.1%} of peak, {gib:.1f} GiB")
     net.zero_grad(set_to_none=True)
     data = inputs(cfg, 1, args.latent, args.text_tokens, "cuda")
     for dtype in args.dtype:
