@@ -77,7 +77,7 @@ class Config:
 PRESETS = {
     # 64 px RGBA, latents 16x8x8: the quickstart, the tests and the shipped checkpoint. A laptop CPU trains
     # it.
-    "tiny": dict(prediction="v", text_scale=2.0, image_scale=1.0),
+    "tiny": dict(prediction="v", text_scale=2.0, image_scale=1.5),
     # 128 px RGBA, latents 16x16x16: one consumer GPU.
     "base": dict(size=128, prediction="v", widths=(192, 384, 576), layers=2, head_dim=64, context_dim=512, text_layers=6,
                  text_scale=5.0, image_scale=1.5),

@@ -41,8 +41,8 @@ FORMAT = 1                                           # of checkpoints
 BUILT_IN = Path(__file__).parent / "assets" / "stickers"
 SHIPPED = Path(__file__).parent / "weights" / "fluent-64.pt"
 RECIPES = {  # what the flags of a preset default to
-    "tiny": dict(steps=700, batch_size=8, lr=1e-3, ema=0.995, warmup=50, schedule="cosine",
-                 vae_steps=900, vae_batch_size=16),
+    "tiny": dict(steps=450, batch_size=8, lr=1e-3, ema=0.995, warmup=50, schedule="cosine",
+                 vae_steps=600, vae_batch_size=16),
     "base": dict(steps=100_000, batch_size=16, lr=2e-4, ema=0.9999, warmup=1000, schedule="cosine",
                  vae_steps=20_000, vae_batch_size=32),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5; Stable Diffusion's autoencoder
