@@ -578,7 +578,7 @@ DISTORTIONS = {"noise": (add_noise, (0.02, 0.05, 0.1, 0.2)), "blur": (blur, (0.5
                "shuffle": (shuffle, (2, 4, 6, 8)), "freeze": (freeze, (1, 3, 5, 7)),
                "wrong captions": (None, (0.25, 0.5, 0.75, 1))}
 ALL = ("noise", "blur", "shuffle", "freeze")
-# What each measure claims to see; `validity` checks it. Not claimed, because it failed on Fluent (N = 79): KVD
+# What each measure claims to see; `validity` checks it. Not claimed, for it failed on Fluent (N = 79): KVD
 # saturates under noise; against other stickers neither FVD nor KVD sees two swapped frames, nor KVD half a
 # frozen clip. VAE-Frechet against others misses weak blur and one frozen frame (procedural clips, N = 16).
 CLAIMS = {
