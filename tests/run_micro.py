@@ -30,7 +30,6 @@ train.RECIPES["micro"] = dict(steps=6, batch_size=2, lr=1e-3, ema=0.9, warmup=2,
 train.RECIPES["micro64"] = train.RECIPES["micro"]
 train.sample_sheet = functools.partial(train.sample_sheet, steps=1)
 train.validation_batch = functools.partial(train.validation_batch, count=6)
-curriculum.WARMUP = 2                                # the level moves within a few updates
 
 
 def main(argv, output=None, env=None, hook=None, *hook_args):
@@ -39,6 +38,7 @@ def main(argv, output=None, env=None, hook=None, *hook_args):
         os.dup2(fd, 1)
         os.dup2(fd, 2)
     os.environ.update(env or {})
+    curriculum.WARMUP = 2                            # in this process only: the level moves within a few updates
     if hook:
         globals()[hook](*hook_args)
     sys.argv = ["train.py", "--preset", "micro", "--device", "cpu", "--precision", "fp32", *argv]
