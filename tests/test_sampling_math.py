@@ -38,8 +38,7 @@ def test_an_oracle_noise_model_returns_x0(n, sampler):
 
     def eps(x, t):
         calls.append(int(t[0]))
-        a = abar[t].view(-1, 1, 1, 1, 1)
-        return (x - a.sqrt() * x0) / (1 - a).sqrt()
+        return noise                                                        # exact only on the line from x0 to noise
 
     out = sample(eps, q_sample(x0, noise, torch.tensor([999, 999]), abar), n, sampler, eta=0.0)
     assert calls == timesteps(n)
