@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-COLOURS = {"i2v": "#d62728", "t2v": "#ff7f0e", "it2v": "#8c564b", "predict_pre": "#1f77b4", "predict_post": "#17becf", "interpolate": "#2ca02c"}
+COLOURS = {"i2v": "#d62728", "t2v": "#ff7f0e", "it2v": "#8c564b",
+           "predict_pre": "#1f77b4", "predict_post": "#17becf", "interpolate": "#2ca02c"}
 
 
 def panel(draw, x0, log):

@@ -32,7 +32,8 @@ RULES = [
     (r"^conv_norm_out\.", "norm_out."),
     (r"^down_blocks\.(\d+)\.downsamplers\.0\.conv\.", r"down.\1.scale."),
     (r"^up_blocks\.(\d+)\.upsamplers\.0\.conv\.", r"up.\1.scale.conv."),
-    (r"^(down|up)_blocks\.(\d+)\.(resnets|temp_convs|attentions|temp_attentions)\.(\d+)\.", r"\1.\2.layers.\4.\3."),
+    (r"^(down|up)_blocks\.(\d+)\.(resnets|temp_convs|attentions|temp_attentions)\.(\d+)\.",
+     r"\1.\2.layers.\4.\3."),
     (r"^mid_block\.(resnets|temp_convs|attentions|temp_attentions)\.(\d+)\.", r"mid.\2.\1."),
     (r"\.resnets\.", ".res."),
     (r"\.temp_convs\.", ".mix."),
@@ -59,7 +60,7 @@ def to_ours(release_state_dict, config):
         ours[name] = torch.as_tensor(value)
     for stem in {n[:-len(".to_q.weight")] for n in ours if n.endswith(".to_q.weight")}:
         q, k, v = (ours.pop(f"{stem}.to_{x}.weight") for x in "qkv")
-        if re.search(r"spatial\.block\.attn2$", stem):                     # cross-attention: q apart, k and v fused
+        if re.search(r"spatial\.block\.attn2$", stem):         # cross-attention: q apart, k and v fused
             ours[f"{stem}.q.weight"], ours[f"{stem}.kv.weight"] = q, torch.cat([k, v])
         else:
             ours[f"{stem}.q.weight"] = torch.cat([q, k, v])

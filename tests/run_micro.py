@@ -38,7 +38,7 @@ def main(argv, output=None, env=None, hook=None, *hook_args):
         os.dup2(fd, 1)
         os.dup2(fd, 2)
     os.environ.update(env or {})
-    curriculum.WARMUP = 2                            # in this process only: the level moves within a few updates
+    curriculum.WARMUP = 2                   # in this process only: the level moves within a few updates
     if hook:
         globals()[hook](*hook_args)
     sys.argv = ["train.py", "--preset", "micro", "--device", "cpu", "--precision", "fp32", *argv]
