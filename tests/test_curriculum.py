@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from curriculum import GENERATION, PATTERNS, TASKS, Curriculum, adaptive_weight, allowed, choices, make_masks, static_weight
+from curriculum import (GENERATION, PATTERNS, TASKS, Curriculum, adaptive_weight, allowed, choices,
+                        make_masks, static_weight)
 
 CASES = [(task, n) for task in TASKS for n in range(1, 9) if allowed(task, n)]
 
@@ -43,7 +44,7 @@ def test_masks_are_distributed_as_stated(task, n):
     counts = {o: 0 for o in options}
     for _ in range(draws):
         given, _ = make_masks(task, n, rng=rng)
-        counts[frozenset(np.flatnonzero(given))] += 1                       # KeyError: a mask the table does not have
+        counts[frozenset(np.flatnonzero(given))] += 1       # KeyError: a mask that the table does not have
     expected = {o: draws * options.count(o) / len(options) for o in counts}
     chi2 = sum((counts[o] - expected[o]) ** 2 / expected[o] for o in counts)
     k = len(counts) - 1
@@ -66,14 +67,15 @@ def test_explicit_patterns_and_loop():
 
 
 @pytest.mark.parametrize("call,words", [
-    (lambda: make_masks("zoom", 8), "zoom"), (lambda: make_masks("t2v", 9), "1 to 8"), (lambda: make_masks("predict_post", 1), "at least 2"),
-    (lambda: make_masks("it2v", 4, at=4), "choice 4"), (lambda: make_masks("1" * 9, 8), "9 places"), (lambda: Curriculum("hard", 1), "hard")])
+    (lambda: make_masks("zoom", 8), "zoom"), (lambda: make_masks("t2v", 9), "1 to 8"),
+    (lambda: make_masks("predict_post", 1), "at least 2"), (lambda: make_masks("it2v", 4, at=4), "choice 4"),
+    (lambda: make_masks("1" * 9, 8), "9 places"), (lambda: Curriculum("hard", 1), "hard")])
 def test_bad_calls_say_what_is_wrong(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def slow_history(losses):
@@ -84,7 +86,8 @@ def slow_history(losses):
     for i, loss in enumerate(losses):
         window = [x for x in losses[:i + 1][-1000:] if math.isfinite(x)]
         before = window[-2] if len(window) > 1 else window[-1]
-        scores.append(5 * loss + 3 * sum(window) / len(window) + 1.3 * (loss - before) if math.isfinite(loss) else math.nan)
+        score = 5 * loss + 3 * sum(window) / len(window) + 1.3 * (loss - before)
+        scores.append(score if math.isfinite(loss) else math.nan)
         finite = [s for s in scores[-1000:] if math.isfinite(s)]
         q = sum(s < finite[-1] for s in finite) / len(finite)
         out.append((scores[-1], min(4, math.floor(round(5 * (1 - q), 9))) if len(finite) >= 10 else 0))
@@ -92,8 +95,10 @@ def slow_history(losses):
 
 
 SERIES = {
-    "falling": [1 / (1 + 0.01 * i) for i in range(1300)], "constant": [0.5] * 60, "spikes": [1.0 + 10 * (i % 37 == 0) for i in range(200)],
-    "noise": list(np.random.default_rng(1).gamma(2, 0.1, 1500)), "nan": [0.3, math.nan, 0.2, math.inf] * 10 + [0.1] * 10, "short": [0.3] * 9,
+    "falling": [1 / (1 + 0.01 * i) for i in range(1300)], "constant": [0.5] * 60, "short": [0.3] * 9,
+    "spikes": [1.0 + 10 * (i % 37 == 0) for i in range(200)],
+    "noise": list(np.random.default_rng(1).gamma(2, 0.1, 1500)),
+    "nan": [0.3, math.nan, 0.2, math.inf] * 10 + [0.1] * 10,
 }
 
 
@@ -113,7 +118,7 @@ def test_the_first_updates_are_easiest_and_high_loss_means_easier():
         assert cur.level() == 0
     for loss in np.linspace(0.5, 0.1, 50):
         cur.record(loss)
-    assert cur.level() == 4                                                 # the lowest score of its history: hardest
+    assert cur.level() == 4                                 # the lowest score of its history: hardest
     cur.record(2.0)
     assert cur.level() == 0                                                 # the highest: easiest
 
@@ -123,11 +128,12 @@ def test_weights_are_the_stated_straight_lines():
     assert [static_weight("interpolate", u) for u in (0, 0.5, 1)] == pytest.approx([0.9, 0.5, 0.1])
     assert [static_weight("predict_pre", u) for u in (0, 0.5, 1)] == pytest.approx([0.7, 0.5, 0.3])
     assert [adaptive_weight("it2v", level) for level in range(5)] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
-    assert [adaptive_weight("interpolate", level) for level in range(5)] == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
+    easier = [adaptive_weight("interpolate", level) for level in range(5)]
+    assert easier == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.1])
     w = dict(zip(TASKS, Curriculum("linear", 100).weights(0)))
     assert w["interpolate"] / w["t2v"] == pytest.approx(9)
     assert np.allclose(Curriculum("none", 100).weights(37), 1 / 6)
-    easy = Curriculum("adaptive", 100).weights(0)                           # no history: level 0 on top of the static part
+    easy = Curriculum("adaptive", 100).weights(0)           # no history: level 0 on top of the static part
     assert dict(zip(TASKS, easy / easy[1]))["interpolate"] == pytest.approx(1.8 / 0.2)
 
 
