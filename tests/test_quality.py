@@ -179,6 +179,33 @@ def test_every_light_measure_worsens_with_every_distortion_it_claims_to_see(kind
         assert quality.monotone(measure, curve), (measure, reference, curve)
 
 
+def test_tables_of_results_hold_only_distances_that_see_noise_and_blur_or_say_so():
+    claims = quality.CLAIMS
+    assert all(set(claims[name]) <= set(quality.MEASURES) for name in claims)
+    assert set(claims["the same stickers"]) == set(quality.MEASURES)
+    for measure in quality.TABLES:
+        if quality.MEASURES[measure].how in (quality.frechet, quality.kernel):
+            assert all("noise" in claims[name][measure] for name in claims), measure
+    assert "KVD" not in quality.TABLES and "noise" not in claims["the same stickers"]["KVD"]
+    for name in claims:                  # --all tries everything that is claimed, and more
+        assert all(set(claimed) <= set(quality.TRIED[name][m]) for m, claimed in claims[name].items())
+    raw = {"i3d": np.random.default_rng(0).standard_normal((8, 5)), "motion": np.ones(8)}
+    assert set(quality.summarise(raw, raw, 3)) == {"FVD", "motion / real"}
+
+
+def test_validity_command_fails_when_a_claim_does_not_hold(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quality.data, "open_stickers", lambda spec, size: FakeStickers())
+    command = ["validity", "--data", "toy", "--networks", str(tmp_path), "--count", "10"]
+    assert quality.main([*command, "--all"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows if row[-1] == "no |"] == ["| motion / real"]            # under blur
+    claims = {name: dict(measures) for name, measures in quality.CLAIMS.items()}
+    claims["the same stickers"]["PSNR dB"] = ("noise",)
+    monkeypatch.setattr(quality, "CLAIMS", claims)
+    monkeypatch.setattr(quality, "psnr", lambda real, fake, made: np.full(len(real), 30.0))    # sees nothing
+    assert quality.main(command) == 1
+
+
 def test_the_validity_test_can_fail():
     assert not quality.monotone("PSNR dB", [30, 28, 29, 20, 10])
     assert not quality.monotone("FVD", [1, 2, 2, 3, 4])
