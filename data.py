@@ -1015,29 +1015,32 @@ class Stickers:
         return Stickers(latents, self.index, self.text, _latent_meta(self.meta, vae))
 
 
-def open_stickers(spec, size):
+def open_stickers(spec, size, larger=False):
     """What --data may be: a folder of stickers, a prepared store, "synthetic" or "synthetic:COUNT" ->
-    Stickers."""
+    Stickers of `size` pixels; `larger`: a store may also hold larger pictures."""
     spec = str(spec)
     if re.fullmatch(r"synthetic(:\d+)?", spec):
         return Stickers.synthetic(int(spec.partition(":")[2] or 512), size)
     if not Path(spec, "meta.json").exists():
         return Stickers.from_folder(spec, size)
     stickers = Stickers.open(spec)
-    if stickers.size != size:
+    if stickers.size != size and not (larger and stickers.size > size):
         raise DataError(f"{spec}: prepared at {stickers.size} pixels, the run wants {size}; prepare it again "
                         f"with --size {size}, or run at {stickers.size}")
     return stickers
 
 
-def draw_clip(stickers, item, rng, length=MAX_K):
+def draw_clip(stickers, item, rng, length=MAX_K, shortest=1):
     """One training clip: k ~ U{3..8} frames of a sticker, a fresh k for every draw (Table 6).
+
+    k is never below `shortest` (ours: a training without loss mask needs whole clips).
 
     Returns (clip (length, C, H, W) float32, n): n real frames in time order, then zeros; pixels premultiplied
     in [0, 1], latents as stored. A sticker with fewer distinct frames than k gives all it has, a static one n
     = 1. rng: numpy Generator, used once.
     """
-    k = int(rng.integers(MIN_K, max(min(MAX_K, length), MIN_K) + 1))
+    most = max(min(MAX_K, length), MIN_K)
+    k = int(rng.integers(min(max(MIN_K, shortest), most), most + 1))
     entry = stickers.index[item]
     keys = entry["keys"][k - MIN_K]
     keys = keys[keys >= 0][:length].astype(np.int64)

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, Dataset
@@ -33,11 +34,10 @@ from tqdm import tqdm
 
 from curriculum import GENERATION, TASKS, Curriculum, allowed, choices, make_masks
 from data import DataError, Stickers, draw_clip, open_stickers, save_sheet, write_sticker
-from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, keep_memory, load_vae,
-                  read_weights)
-from sample import Loaded, ema_weights, sample_clips, to_straight
+from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, keep_memory,
+                  load_vae, read_weights)
+from sample import FORMAT, Loaded, ema_weights, first_line, sample_clips, to_device, to_straight
 
-FORMAT = 1                                           # of checkpoints
 BUILT_IN = Path(__file__).parent / "assets" / "stickers"
 SHIPPED = Path(__file__).parent / "weights" / "fluent-64.pt"
 RECIPES = {  # what the flags of a preset default to
@@ -61,8 +61,8 @@ def parser():
     a("--preset", default="tiny", help=f"size of everything: {', '.join(PRESETS)}")
     a("--stage", default="auto", choices=["auto", "vae"], help="vae: the autoencoder only; auto: DFGN too")
     a("--vae", default="",
-      help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); train: train one; "
-           "empty: tiny takes the shipped one, other presets train one")
+      help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); train: train "
+           "one; empty: tiny takes the shipped one, other presets train one")
     a("--text-encoder", nargs="+", default=[], metavar="PATH",
       help="one or two local Hugging Face text encoders; none: byte transformer")
     a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="mixes frames (Table 3)")
@@ -81,7 +81,7 @@ def parser():
     a("--vae-kl", type=float, default=1e-5, help="weight of the KL term")
     a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: -, LCL, DCL")
     a("--tasks", default=",".join(TASKS), help="comma-separated subset to train")
-    a("--min-frames", type=int, default=1, help="stickers with fewer frames are left out, 1 = keep all")
+    a("--min-frames", type=int, default=1, help="stickers and clips with fewer frames are left out, 1: none")
     a("--drop", type=float, default=0.05, help="probability of dropping text and image, and of text alone")
     a("--word-drop", type=float, default=0.2, help="probability with which a word of the caption becomes #")
     a("--seed", type=int, default=0, help="of weights and every draw")
@@ -152,10 +152,6 @@ def has_bf16(device):
     return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
-def first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Samples: everything about sample g of the run follows from (seed, g)
 
@@ -174,26 +170,38 @@ def item_of(items, seed, g):
 class Clips(Dataset):
     """Global sample index g -> (clip (F, c, h, w) fp32, n, caption, g). `finish` adds masks and noise."""
 
-    def __init__(self, stickers, items, seed, frames):
-        self.stickers, self.items, self.seed, self.frames = stickers, items, seed, frames
+    def __init__(self, stickers, items, seed, frames, shortest=1):
+        self.stickers, self.items, self.seed = stickers, items, seed
+        self.frames, self.shortest = frames, shortest
 
     def __getitem__(self, g):
         item = item_of(self.items, self.seed, g)
-        clip, n = draw_clip(self.stickers, item, np.random.default_rng([self.seed, 2, g]), self.frames)
+        rng = np.random.default_rng([self.seed, 2, g])
+        clip, n = draw_clip(self.stickers, item, rng, self.frames, self.shortest)
         return torch.from_numpy(clip), n, self.stickers.caption(item), g
 
 
 class Pictures(Dataset):
-    """Global sample index g -> (picture (4, h, w) premultiplied in [0, 1], g), flipped half the time."""
+    """Global sample index g -> (picture (4, size, size) premultiplied in [0, 1], g), flipped half the time.
 
-    def __init__(self, stickers, items, seed):
-        self.stickers, self.items, self.seed = stickers, items, seed
+    Of stored pictures that are larger, half are shrunk and half are cut out at random: the autoencoder is
+    convolutional, and so learns two scales for the price of the smaller (ours).
+    """
+
+    def __init__(self, stickers, items, seed, size):
+        self.stickers, self.items, self.seed, self.size = stickers, items, seed, size
 
     def __getitem__(self, g):
         entry = self.stickers.index[item_of(self.items, self.seed, g)]
         rng = np.random.default_rng([self.seed, 4, g])
         x = self.stickers.frames[int(entry["offset"]) + int(rng.integers(int(entry["count"])))]
         x = torch.from_numpy(np.array(x)).float() / 255
+        if spare := x.shape[-1] - self.size:
+            if rng.random() < 0.5:
+                top, left = rng.integers(spare + 1, size=2)
+                x = x[:, top:top + self.size, left:left + self.size]
+            else:
+                x = F.interpolate(x[None], self.size, mode="area")[0]
         return x.flip(-1) if rng.random() < 0.5 else x, g
 
 
@@ -233,15 +241,6 @@ def global_indices(step, micro, batch, accumulation, ctx):
     """The samples of this process in micro-step `micro` of update `step`: a slice of the update's."""
     first = (step * accumulation + micro) * batch * ctx.world + ctx.rank * batch
     return list(range(first, first + batch))
-
-
-def to_device(x, device):
-    """Tensors, lists and dicts of them; None stays."""
-    if isinstance(x, dict):
-        return {k: to_device(v, device) for k, v in x.items()}
-    if isinstance(x, list):
-        return [to_device(y, device) for y in x]
-    return None if x is None else x.to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -355,8 +354,6 @@ class MainStage:
         table = torch.zeros(len(tasks), len(self.groups))
         table[rows, tasks] = real
         table[rows, len(TASKS) + kwargs["t"] // 250] = real
-        if bool(kwargs["frame_mask"].all()):
-            kwargs["frame_mask"] = None
         return kwargs, table
 
 
@@ -649,7 +646,7 @@ def train_vae(cfg, stickers, items, args, ctx, out):
         return load_vae(path).to(ctx.device)
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(cfg)
-    stage = VAEStage(VAEStep(vae, args.vae_kl), Pictures(stickers, items, args.seed), args, ctx)
+    stage = VAEStage(VAEStep(vae, args.vae_kl), Pictures(stickers, items, args.seed, cfg.size), args, ctx)
     extra = {"config": asdict(cfg), "fingerprint": stickers.meta["fingerprint"], "args": vars(args)}
     ema, finished = fit(stage, out, extra)
     if not finished:
@@ -730,7 +727,7 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
     model.net.checkpointing = args.checkpointing
     if args.compile:
         model.net.compile()                                      # in place: state-dict names stay as they are
-    stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames), args, ctx)
+    stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames, args.min_frames), args, ctx)
     extra = {"config": asdict(cfg), "args": vars(args), "fingerprint": stickers.meta["fingerprint"],
              "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.id,
              "text_encoder": list(args.text_encoder)}
@@ -739,12 +736,15 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
         print("note: no sticker is held out; evaluation and samples use training stickers")
     fixed = validation_batch(stickers, shown, model.text, tasks, cfg.frames)
 
+    def eager():  # evaluation and sampling come in other batch sizes; compiling for each would take minutes
+        return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
+
     def evaluate(step, ema):
-        with ema_weights(model, ema):
+        with ema_weights(model, ema), eager():
             write_line(out / "log.jsonl", {"step": step, "stage": "eval", **validate(model, *fixed, ctx)})
 
     def show(step, ema, name="samples-{:07d}", stickers_too=False):
-        with ema_weights(model, ema):
+        with ema_weights(model, ema), eager():
             sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, tasks, out, name.format(step), ctx,
                          stickers_too)
 
@@ -917,7 +917,7 @@ def run(args):
     ctx, out = Context(args), Path(args.out)
     if ctx.main and not args.dry_run:
         out.mkdir(parents=True, exist_ok=True)
-    stickers = open_stickers(args.data, cfg.size)
+    stickers = open_stickers(args.data, cfg.size, larger=args.stage == "vae")
     train, held = choose_items(stickers, args)
     if ctx.main:
         batch = args.batch_size * args.accumulation * ctx.world
@@ -945,12 +945,13 @@ def run(args):
 
 
 def export(args):
-    """OUT/last.pt -> a small file that sample.py and --vae read: averaged weights, autoencoder, configuration."""
+    """OUT/last.pt -> a small file that sample.py and --vae read: averaged weights, autoencoder, settings."""
     path = Path(args.out or f"runs/{args.preset}") / MainStage.file
     if not path.exists():
         raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")
     data = load_checkpoint(path, "main")
-    keep = {k: data[k] for k in ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")}
+    kept = ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")
+    keep = {k: data[k] for k in kept}
     model = {k: v.half() for k, v in {**data["model"], **data["ema"]}.items()}
     vae = {k: v.half() for k, v in data["vae"].items()}
     Path(args.export).parent.mkdir(parents=True, exist_ok=True)

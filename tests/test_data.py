@@ -381,6 +381,9 @@ def test_store_equals_folder_and_memory(tmp_path):
     with pytest.raises(data.DataError, match="--size 64"):
         data.open_stickers(tmp_path / "store", 64)
     assert len(data.open_stickers(tmp_path / "store", 32)) == len(data.open_stickers(folder, 32)) == 14
+    assert data.open_stickers(tmp_path / "store", 16, larger=True).size == 32
+    with pytest.raises(data.DataError, match="--size 64"):
+        data.open_stickers(tmp_path / "store", 64, larger=True)
 
 
 def test_draw_clip_draws_every_k_evenly_and_pads_with_zeros():
@@ -396,6 +399,9 @@ def test_draw_clip_draws_every_k_evenly_and_pads_with_zeros():
         assert len({frame.tobytes() for frame in clip[:n]}) == n
         count = int(stickers.index["count"][item])
         assert n == 1 if count == 1 else n >= min(3, length, count)
+    drawn = {data.draw_clip(stickers, item, rng, shortest=7)[1] for _ in range(60)}
+    assert drawn == {7, 8}                                              # never below `shortest`
+    assert {data.draw_clip(stickers, item, rng, shortest=8)[1] for _ in range(20)} == {8}
 
 
 def test_clips_hold_original_frames_in_time_order(tmp_path):

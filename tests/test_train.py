@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import run_micro
 import train
@@ -166,6 +167,24 @@ def test_stopped_and_resumed_equals_undisturbed_bitwise(store, vae, plain, tmp_p
 def test_workers_change_nothing(store, vae, plain, tmp_path):
     go(tmp_path / "run", store, "--vae", vae, "--steps", 10, *RUN, "--workers", 2)
     assert not difference(load(plain / "last.pt"), load(tmp_path / "run" / "last.pt"))
+
+
+def test_larger_pictures_are_shrunk_or_cut_for_the_autoencoder():
+    stickers = Stickers.synthetic(4, 32)
+    whole, small = train.Pictures(stickers, [0], 0, 32), train.Pictures(stickers, [0], 0, 16)
+    frames = torch.from_numpy(stickers.frames[:int(stickers.index["count"][0])]).float() / 255
+    kinds = {"shrunk": 0, "cut": 0}
+    for g in range(40):
+        (x, _), (y, _) = whole[g], small[g]
+        assert x.shape == (4, 32, 32) and y.shape == (4, 16, 16)
+        sources = torch.cat([frames, frames.flip(-1)])
+        assert (sources == x).flatten(1).all(1).any()
+        shrunk = (F.interpolate(sources, 16, mode="area") - y).flatten(1).abs().amax(1).min() < 1e-6
+        tiles = sources.unfold(2, 16, 1).unfold(3, 16, 1).permute(0, 2, 3, 1, 4, 5)     # n 17 17 4 16 16
+        cut = (tiles == y).flatten(3).all(3).any()
+        assert shrunk or cut
+        kinds["shrunk" if shrunk else "cut"] += 1
+    assert min(kinds.values()) >= 10
 
 
 def test_samples_and_evaluation_within_change_nothing(store, vae, plain, tmp_path):
