@@ -47,7 +47,7 @@ class Config:
     head_dim: int = 32
     context_dim: int = 128                # width of the text tokens
     temporal: str = "sti"                 # sti | conv3d (Table 3's ablation) | gated (the overview figure)
-    prediction: str = "eps"               # what the network's output means: the noise (paper) or v (ours, see RDTF)
+    prediction: str = "eps"               # what the output means: the noise (paper) or v (ours, see RDTF)
     # text: a byte transformer trained with the network, unless text_dims names the widths of frozen encoders
     text_layers: int = 3
     text_bytes: int = 64
@@ -75,14 +75,12 @@ class Config:
 
 
 PRESETS = {
-    # 64 px RGBA, latents 16x8x8: the quickstart, the tests and the shipped checkpoint. A laptop CPU trains
-    # it.
+    # 64 px RGBA, latents 16x8x8: quickstart, tests, shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(prediction="v", text_scale=2.0, image_scale=1.5),
     # 128 px RGBA, latents 16x16x16: one consumer GPU.
-    "base": dict(size=128, prediction="v", widths=(192, 384, 576), layers=2, head_dim=64, context_dim=512, text_layers=6,
-                 text_scale=5.0, image_scale=1.5),
-    # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents, text
-    # 1024-d.
+    "base": dict(size=128, prediction="v", widths=(192, 384, 576), layers=2, head_dim=64, context_dim=512,
+                 text_layers=6, text_scale=5.0, image_scale=1.5),
+    # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents.
     "paper": dict(size=256, latent_channels=4, widths=(320, 640, 1024, 1280), layers=2, head_dim=64,
                   context_dim=1024, text_dims=(1024, 768), vae_channels=3, vae_patch=1,
                   vae_widths=(128, 256, 512, 512), vae_layers=2, vae_attention=True),
@@ -93,16 +91,18 @@ PRESETS = {
 
 
 def keep_memory():
-    """Tell glibc to keep freed blocks instead of giving them back: every step pays for their page faults again otherwise.
+    """Tell glibc to keep freed blocks instead of giving them back: every step would pay for page faults.
 
-    It takes the page faults out of a training step (system time 0.06-0.10 to under 0.05 s of 0.9 s for `tiny`, 0.7-1.0 to
-    under 0.1 s of 4-5 s for benchmarks/speed.py on one core). Does nothing where there is no glibc.
+    It takes the page faults out of a training step (system time 0.06-0.10 to under 0.05 s of 0.9 s for
+    `tiny`, 0.7-1.0 to under 0.1 s of 4-5 s for benchmarks/speed.py on one core). Does nothing where there is
+    no glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):
         mallopt(option, value)
 
 
@@ -427,10 +427,13 @@ class DFGN(nn.Module):
     """Latent video U-Net that predicts the noise (release; METHOD: widths, Table 6; parameters, Table 8).
 
     net(x, t, cond, context, cond_mask=None, frame_mask=None):
-        x          (b, t, c, h, w) noisy latents t          (b,) integer steps 0..999 cond       (b, t, c, h,
-        w) clean latents; frames that are not given are ignored (cond_mask None: pass zeros there) context
-        (b, n, d) text tokens cond_mask  (b, t) bool, True = given;  frame_mask (b, t) bool, True = real,
-        False = padding
+        x           (b, t, c, h, w) noisy latents
+        t           (b,) integer steps 0..999
+        cond        (b, t, c, h, w) clean latents; frames that are not given are ignored (without cond_mask:
+                    pass zeros there)
+        context     (b, n, d) text tokens
+        cond_mask   (b, t) bool, True = given
+        frame_mask  (b, t) bool, True = real, False = padding
     returns the predicted noise, (b, t, c, h, w) fp32. Height and width must divide by 2^(levels - 1) * 2.
 
     Padded frames are zeroed at the entrance (ours), so what padding holds can never reach a real frame.
@@ -868,13 +871,13 @@ def q_sample(x0, noise, t, abar):
 
 
 class RDTF(nn.Module):
-    """DFGN plus its text encoder: all that is trained in the main stage. forward is the diffusion step of
-    training.
+    """DFGN plus its text encoder: all that the main stage trains. forward is the diffusion step of training.
 
     prediction "eps" is the paper's. prediction "v" (ours, for the small presets) reads the same output as
-    v = sqrt(abar) noise - sqrt(1 - abar) x_0 (arXiv 2202.00512). At high noise the noise is nearly the input: a network of
-    64 channels spends itself on passing 16 latent channels through, and an error of 0.07 in it is an error of 1 in x_0.
-    v is then x_0 itself, which is what given frames and caption tell (measured in benchmarks/README.md).
+    v = sqrt(abar) noise - sqrt(1 - abar) x_0 (arXiv 2202.00512). At high noise the noise is nearly the input:
+    a network of 64 channels spends itself on passing 16 latent channels through, and an error of 0.07 in it
+    is an error of 1 in x_0. v is then x_0 itself, which is what given frames and caption tell (measured in
+    benchmarks/README.md).
     """
 
     def __init__(self, cfg, text_paths=()):
@@ -884,8 +887,7 @@ class RDTF(nn.Module):
         self.register_buffer("abar", alphas_cumprod(), persistent=False)
 
     def forward(self, x0, noise, t, text, cond_mask, frame_mask=None):
-        """Per-clip losses (b,): squared noise error over real frames / (F c h w) (release: Section 5 of the
-        method).
+        """Per-clip losses (b,): squared error over the real frames / (F c h w) (release).
 
         The denominator is a constant, so every real frame of every sticker weighs the same and sums over
         micro-batches and ranks are exact with ragged lengths. Given frames count: they are noised like the
@@ -920,11 +922,12 @@ def guidance_weights(text_scale, image_scale, has_text, has_image):
 
 def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, image_scale, has_text=True,
                rescale=0.0, noise=None):
-    """-> eps(x, t): guided noise prediction with everything that is constant over the steps computed here, once.
+    """-> eps(x, t): guided noise prediction; what is constant over the steps is computed here, once.
 
-    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the guided
-    prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16). noise, like cond: the given frames enter
-    every step as q_sample(cond, noise, t), just as the network saw them in training (ours); None: they are denoised too.
+    text, negative: outputs of `text.tokenize` for the captions and for "no text"; rescale in [0, 1] pulls the
+    guided prediction's std back to the conditional one's (arXiv 2305.08891 eq. 15-16). noise, like cond: the
+    given frames enter every step as q_sample(cond, noise, t), just as the network saw them in training
+    (ours); None: they are denoised too.
     """
     weights = guidance_weights(text_scale, image_scale, has_text, bool(cond_mask.any()))
     context = {k: model.text(text if k else negative) for k in {key[0] for key in weights}}

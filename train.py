@@ -725,8 +725,9 @@ def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
     if ctx.main:
         print_parts(model, vae)
     model.net.checkpointing = args.checkpointing
-    if args.compile:
-        model.net.compile()                                      # in place: state-dict names stay as they are
+    if args.compile:  # in place: state-dict names stay as they are. The autoencoder is left alone: torch 2.13
+        # on a CPU compiles the decoder's bf16 backward pass to zeros (measured: benchmarks/README.md)
+        model.net.compile()
     stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames, args.min_frames), args, ctx)
     extra = {"config": asdict(cfg), "args": vars(args), "fingerprint": stickers.meta["fingerprint"],
              "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.id,

@@ -338,7 +338,8 @@ def test_a_checkpoint_that_does_not_fit_says_so(here, capsys):
     torch.save({**data, "config": {**data["config"], "context_dim": 64}}, "other.pt")
     torch.save({k: v for k, v in data.items() if k != "vae"}, "half.pt")
     for file, words in (("missing.pt", "no such file"), ("noise.pt", "opened safely"),
-                        ("tensor.pt", "not a checkpoint"), ("future.pt", "another version of rdtf (format 99"),
+                        ("tensor.pt", "not a checkpoint"),
+                         ("future.pt", "another version of rdtf (format 99"),
                         ("vae.pt", "autoencoder alone"), ("wings.pt", "another version"),
                         ("wings.pt", "wings"), ("other.pt", "size mismatch"), ("half.pt", "vae")):
         err = fails(f"--text cat --ckpt {file}", capsys)
@@ -458,7 +459,8 @@ def test_wrong_flags_say_what_is_wrong(here, capsys, monkeypatch, flags):
 @pytest.mark.parametrize("flags,words", [
     ("--out one.webp/x.webp", "can't be written (in one.webp"), ("--out a.webp", "is a folder"),
     ("--out a.webp/b/c/d.webp --sheet one.webp/s.png", "--sheet one.webp/s.png"),
-    ("--seeds 0-1 --out one.webp/deep/x.webp", "choose another place"), ("--out /proc/x.webp", "/proc/x.webp")])
+    ("--seeds 0-1 --out one.webp/deep/x.webp", "choose another place"),
+     ("--out /proc/x.webp", "/proc/x.webp")])
 def test_a_place_that_cannot_be_written_is_named_before_sampling(here, capsys, monkeypatch, flags, words):
     if "/proc" in flags and not os.path.isdir("/proc"):
         pytest.skip("needs a folder that nobody may write")
@@ -475,7 +477,8 @@ def test_text_that_is_no_text(here, capsys):
 def test_to_device_keeps_the_structure_and_ema_weights_puts_back(here):
     x = {"a": torch.ones(2), "b": [torch.zeros(1), None], "c": None}
     moved = sample.to_device(x, "meta")
-    assert moved["a"].device.type == moved["b"][0].device.type == "meta" and moved["b"][1] is moved["c"] is None
+    assert moved["a"].device.type == moved["b"][0].device.type == "meta"
+    assert moved["b"][1] is moved["c"] is None
     layer = torch.nn.Linear(2, 2)
     before = layer.weight.detach().clone()
     with pytest.raises(KeyboardInterrupt), sample.ema_weights(layer, {"weight": torch.full((2, 2), 7.0)}):

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rdtf import (RDTF, STEPS, Config, alphas_cumprod, guidance_weights, guided_eps, q_sample, sample, timestep_embedding,
-                  timesteps)
+from rdtf import (RDTF, Config, alphas_cumprod, guidance_weights, guided_eps, q_sample, sample,
+                  timestep_embedding, timesteps)
 
 SMALL = dict(widths=(32, 32), layers=1, head_dim=16, context_dim=32, text_layers=1, latent_channels=4)
-COUNTS = (1, 2, 7, 13, 30, 50, 1000)
 
 
 def test_schedule_is_the_scaled_linear_one():
@@ -23,52 +22,12 @@ def test_schedule_is_the_scaled_linear_one():
     assert torch.allclose(a, peer.alphas_cumprod, rtol=2e-5)
 
 
-@pytest.mark.parametrize("n", COUNTS)
-def test_step_lists_begin_at_the_end_and_have_n_entries(n):
-    ts = timesteps(n)
-    assert len(ts) == n and ts[0] == STEPS - 1 and all(x > y for x, y in zip(ts, ts[1:])) and ts[-1] >= 0
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
-@pytest.mark.parametrize("n", COUNTS)
-def test_an_oracle_noise_model_returns_x0(n, sampler):
-    gen = torch.Generator().manual_seed(0)
-    x0, noise, abar = torch.randn(2, 8, 4, 4, 4, generator=gen) * 2, torch.randn(2, 8, 4, 4, 4, generator=gen), alphas_cumprod()
-    calls = []
-
-    def eps(x, t):
-        calls.append(int(t[0]))
-        return noise                                                        # exact only on the line from x0 to noise
-
-    out = sample(eps, q_sample(x0, noise, torch.tensor([999, 999]), abar), n, sampler, eta=0.0)
-    assert calls == timesteps(n)
-    assert torch.allclose(out, x0, atol=2e-3), (out - x0).abs().max()
-
-
-@pytest.mark.parametrize("sampler,n,tolerance", [("ddim", 50, 0.05), ("ddim", 200, 0.03), ("ddpm", 200, 0.05), ("dpm", 20, 0.05),
-                                                 ("ddim1", 200, 0.05)])
-def test_a_gaussian_target_keeps_its_mean_and_variance(sampler, n, tolerance):
-    mu, s, abar = 1.5, 0.4, alphas_cumprod()
-    gen = torch.Generator().manual_seed(1)
-
-    def eps(x, t):                                                          # the exact E[noise | x_t] for N(mu, s^2)
-        a = abar[t].view(-1, 1, 1, 1, 1)
-        return (1 - a).sqrt() * (x - a.sqrt() * mu) / (a * s * s + 1 - a)
-
-    a = abar[-1]                                                            # start from the true marginal at step 999, which
-    x = a.sqrt() * mu + (a * s * s + 1 - a).sqrt() * torch.randn(64, 8, 4, 4, 4, generator=gen)    # is not quite N(0, 1)
-    out = sample(eps, x, n, sampler.rstrip("1"), eta=1.0 if sampler == "ddim1" else 0.0,
-                 noise=lambda: torch.randn(x.shape, generator=gen))
-    assert out.mean().item() == pytest.approx(mu, abs=tolerance)
-    assert out.std().item() == pytest.approx(s, abs=tolerance)
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 50, 100, 1000])
 def test_ddim_equals_diffusers_where_n_divides_1000(n, eta):
     diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                   set_alpha_to_one=True, timestep_spacing="trailing")
+    peer = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                   clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     peer.set_timesteps(n)
     assert peer.timesteps.tolist() == timesteps(n)
     gen = torch.Generator().manual_seed(2)
@@ -81,42 +40,17 @@ def test_ddim_equals_diffusers_where_n_divides_1000(n, eta):
     ours = sample(eps, x, n, "ddim", eta, noise=iter(noises).__next__)
     theirs, k = x, iter(noises)
     for t in peer.timesteps:
-        theirs = peer.step(eps(theirs, t), t, theirs, eta=eta, variance_noise=next(k) if eta else None).prev_sample
+        z = next(k) if eta else None
+        theirs = peer.step(eps(theirs, t), t, theirs, eta=eta, variance_noise=z).prev_sample
     # the last step has variance 0, so that its noise is not drawn by ours and is multiplied by 0 there
     assert torch.allclose(ours, theirs, atol=2e-3, rtol=1e-3)
-
-
-def test_ddpm_equals_diffusers_ancestral_sampling():
-    diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                                   variance_type="fixed_small", timestep_spacing="trailing")
-    peer.set_timesteps(1000)
-    x = torch.randn(1, 8, 4, 4, 4, generator=torch.Generator().manual_seed(3))
-    gen = torch.Generator().manual_seed(4)
-    ours = sample(lambda x, t: 0.9 * torch.tanh(x), x, 1000, "ddpm", noise=lambda: torch.randn(x.shape, generator=gen))
-    gen, theirs = torch.Generator().manual_seed(4), x
-    for t in peer.timesteps:
-        theirs = peer.step(0.9 * torch.tanh(theirs), t, theirs, generator=gen).prev_sample
-    assert torch.allclose(ours, theirs, atol=5e-3, rtol=1e-2)
-
-
-@pytest.mark.parametrize("n", [13, 30])
-def test_diffusers_ddim_is_not_followed_where_it_is_wrong(n):
-    """Its previous step is t - 1000 // n, which is not the next entry of its own list when n does not divide
-    1000.
-    """
-    diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
-    peer.set_timesteps(n)
-    theirs = peer.timesteps.tolist()
-    assert any(t - 1000 // n != after for t, after in zip(theirs, theirs[1:]))
 
 
 def test_guidance_weights_leave_out_what_cannot_matter():
     assert guidance_weights(7.5, 7.5, True, True) == {(0, 0): -6.5, (1, 1): 7.5}
     assert guidance_weights(3.0, 2.0, True, True) == {(0, 0): -1.0, (0, 1): -1.0, (1, 1): 3.0}
-    assert guidance_weights(1.0, 1.0, True, True) == {(1, 1): 1.0}          # scale 1: the conditional, one pass
-    assert guidance_weights(0.0, 0.0, True, True) == {(0, 0): 1.0}          # scale 0: the unconditional, one pass
+    assert guidance_weights(1.0, 1.0, True, True) == {(1, 1): 1.0}        # scale 1: conditional, one pass
+    assert guidance_weights(0.0, 0.0, True, True) == {(0, 0): 1.0}        # scale 0: unconditional, one pass
     assert guidance_weights(0.0, 1.0, True, True) == {(0, 1): 1.0}
     assert guidance_weights(5.0, 9.0, True, False) == {(0, 0): -4.0, (1, 0): 5.0}
     assert guidance_weights(9.0, 5.0, False, True) == {(0, 0): -4.0, (0, 1): 5.0}
@@ -160,14 +94,15 @@ def test_cached_guidance_equals_three_plain_calls(scales, prediction):
 
 def test_given_frames_enter_noised_and_negative_text_replaces_no_text():
     m = model()
-    x, cond, noise = (torch.randn(1, 8, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    gen = torch.Generator().manual_seed(6)
+    x, cond, noise = (torch.randn(1, 8, 4, 8, 8, generator=gen) for _ in range(3))
     given = torch.zeros(1, 8, dtype=torch.bool)
     given[:, 0] = True
     text, none, bad = (m.text.tokenize([c]) for c in ("a star", "", "blurry"))
     t = torch.tensor([300])
     a = guided_eps(m, text, none, cond, given, None, 1.0, 1.0, noise=noise)(x, t)
     x2 = x.clone()
-    x2[:, 0] = 77.0                                                         # what x holds at given frames is not looked at
+    x2[:, 0] = 77.0                                   # what x holds at given frames is not looked at
     assert torch.equal(a, guided_eps(m, text, none, cond, given, None, 1.0, 1.0, noise=noise)(x2, t))
     assert not torch.allclose(guided_eps(m, text, bad, cond, given, None, 3.0, 1.0)(x, t),
                               guided_eps(m, text, none, cond, given, None, 3.0, 1.0)(x, t))
@@ -187,7 +122,8 @@ def test_v_and_eps_losses_agree_on_a_perfect_network():
     given = torch.zeros(2, 8, dtype=torch.bool)
     tok = m.text.tokenize(["", ""])
     assert m(x0, noise, t, tok, given).abs().max() == 0
-    eps = guided_eps(m, tok, tok, x0, given, None, 1.0, 1.0, has_text=False)(q_sample(x0, noise, t, m.abar), t)
+    eps = guided_eps(m, tok, tok, x0, given, None, 1.0, 1.0, has_text=False)
+    eps = eps(q_sample(x0, noise, t, m.abar), t)
     assert torch.allclose(eps, noise, atol=1e-4)
 
 
