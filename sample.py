@@ -32,6 +32,7 @@ from rdtf import RDTF, SAMPLERS, AutoencoderKL, Config, guided_eps, keep_memory,
 
 FORMAT = 1                               # of checkpoints
 HERE = Path(__file__).parent
+SHIPPED = "weights/fluent-64.pt"
 BUILT_IN = "assets/stickers/1f44b.webp", "waving hand"      # where --input is missing: it moves well
 SUFFIXES = (".webp", ".gif", ".apng", ".png", ".mp4")
 DURATION = 125                           # ms per frame where the input has no times
@@ -332,10 +333,10 @@ def parse_seeds(text):
 
 def default_checkpoint():
     runs = sorted(Path("runs").glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
-    found = runs[-1:] or sorted((HERE / "weights").glob("*.pt"))
-    if not found:
+    found = runs[-1] if runs else HERE / SHIPPED
+    if not found.exists():
         raise DataError("no checkpoint: train one with `python train.py`, or name one with --ckpt")
-    return str(found[0])
+    return str(found)
 
 
 def fail(message):

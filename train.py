@@ -39,7 +39,7 @@ from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, dro
 from sample import FORMAT, Loaded, ema_weights, first_line, sample_clips, to_device, to_straight
 
 BUILT_IN = Path(__file__).parent / "assets" / "stickers"
-SHIPPED = Path(__file__).parent / "weights" / "fluent-64.pt"
+SHIPPED = Path(__file__).parent / "weights" / "vae.pt"
 RECIPES = {  # what the flags of a preset default to
     "tiny": dict(steps=450, batch_size=8, lr=1e-3, ema=0.995, warmup=50, schedule="cosine",
                  vae_steps=600, vae_batch_size=16),
@@ -62,7 +62,7 @@ def parser():
     a("--stage", default="auto", choices=["auto", "vae"], help="vae: the autoencoder only; auto: DFGN too")
     a("--vae", default="",
       help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); train: train "
-           "one; empty: tiny takes the shipped one, other presets train one")
+           "one; empty: the shipped one of tiny and base")
     a("--text-encoder", nargs="+", default=[], metavar="PATH",
       help="one or two local Hugging Face text encoders; none: byte transformer")
     a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="mixes frames (Table 3)")
@@ -99,7 +99,7 @@ def parser():
     a("--max-updates", type=int, default=0, help="save and stop after this many updates, 0 = no limit")
     a("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
     a("--export", default="", metavar="FILE",
-      help="write the averaged weights of OUT/last.pt in half precision, for sampling and sharing, and stop")
+      help="write the averaged weights of OUT/last.pt (--stage vae: of OUT/vae.pt) in half precision and stop")
     a("--dry-run", action="store_true", help="print the plan and the time of three updates, write nothing")
     return p
 
@@ -856,7 +856,7 @@ def resolve(args):
         if not low <= value <= high:
             wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
             raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
-    if not args.vae and args.stage == "auto" and args.preset == "tiny" and SHIPPED.exists():
+    if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and SHIPPED.exists():
         args.vae = str(SHIPPED)
     if args.vae == "train":
         args.vae = ""
@@ -946,17 +946,24 @@ def run(args):
 
 
 def export(args):
-    """OUT/last.pt -> a small file that sample.py and --vae read: averaged weights, autoencoder, settings."""
-    path = Path(args.out or f"runs/{args.preset}") / MainStage.file
+    """OUT/last.pt -> a small file that sample.py and --vae read: averaged weights, autoencoder, settings.
+
+    With --stage vae OUT/vae.pt, the autoencoder alone.
+    """
+    stage = VAEStage if args.stage == "vae" else MainStage
+    path = Path(args.out or f"runs/{args.preset}") / stage.file
     if not path.exists():
         raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")
-    data = load_checkpoint(path, "main")
+    data = load_checkpoint(path, stage.name)
+    if "vae" not in data:
+        raise DataError(f"--export: the training of {path} has not ended; the same command goes on")
     kept = ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")
-    keep = {k: data[k] for k in kept}
-    model = {k: v.half() for k, v in {**data["model"], **data["ema"]}.items()}
-    vae = {k: v.half() for k, v in data["vae"].items()}
+    small = {k: data[k] for k in kept if k in data}
+    small["vae"] = {k: v.half() for k, v in data["vae"].items()}
+    if stage is MainStage:
+        small.update(ema={}, model={k: v.half() for k, v in {**data["model"], **data["ema"]}.items()})
     Path(args.export).parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(args.export, {**keep, "model": model, "ema": {}, "vae": vae})
+    save_checkpoint(args.export, small)
     print(f"{args.export}: {os.path.getsize(args.export) / 2 ** 20:.1f} MiB, update {data['step']}")
 
 

@@ -351,8 +351,8 @@ def test_the_newest_run_is_the_default_then_the_shipped_one(here, monkeypatch, c
     monkeypatch.setattr(sample, "HERE", here)
     assert "no checkpoint" in fails("--text cat", capsys)
     (here / "weights").mkdir()
-    (here / "weights/shipped.pt").touch()
-    assert sample.default_checkpoint() == str(here / "weights/shipped.pt")
+    (here / "weights/fluent-64.pt").touch()
+    assert sample.default_checkpoint() == str(here / "weights/fluent-64.pt")
     for i, name in enumerate("ba"):
         (here / "runs" / name).mkdir(parents=True)
         (here / "runs" / name / "last.pt").touch()

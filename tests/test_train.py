@@ -561,3 +561,27 @@ def test_a_failed_write_names_the_file(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="last.pt.*No space left.*intact"):
         train.save_checkpoint(path, {"x": 2})
     assert load(path) == {"x": 1} and [x.name for x in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_exports_are_half_precision_and_can_be_used(store, vae, plain, tmp_path, monkeypatch, capsys):
+    def export(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        train.main()
+
+    export("--export", tmp_path / "a" / "vae.pt", "--stage", "vae", "--out", vae.parent)
+    export("--export", tmp_path / "all.pt", "--out", plain)
+    whole, small = load(plain / "last.pt"), load(tmp_path / "all.pt")
+    assert small["ema"] == {} and "optimizer" not in small and "optimizer" not in load(tmp_path / "a/vae.pt")
+    for name, averaged in whole["ema"].items():
+        assert small["model"][name].dtype == torch.float16
+        assert torch.equal(small["model"][name], averaged.half())
+    x = torch.rand(1, 4, 32, 32)
+    for file in ("a/vae.pt", "all.pt"):
+        with torch.no_grad():
+            z, exact = (train.load_vae(path).encode(x) for path in (tmp_path / file, vae))
+        assert torch.allclose(z, exact, atol=0.02)
+    go(tmp_path / "run", store, "--vae", tmp_path / "all.pt", "--steps", 1)
+    assert (tmp_path / "run/last.pt").exists()
+    with pytest.raises(SystemExit):
+        export("--export", tmp_path / "b.pt", "--out", tmp_path / "nothing")
+    assert "train first" in capsys.readouterr().err
