@@ -99,7 +99,7 @@ def parser():
     a("--max-updates", type=int, default=0, help="save and stop after this many updates, 0 = no limit")
     a("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
     a("--export", default="", metavar="FILE",
-      help="write the averaged weights of OUT/last.pt (--stage vae: of OUT/vae.pt) in half precision and stop")
+      help="write the averaged weights of OUT/last.pt (--stage vae: OUT/vae.pt) in half precision and stop")
     a("--dry-run", action="store_true", help="print the plan and the time of three updates, write nothing")
     return p
 
