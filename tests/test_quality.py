@@ -336,7 +336,7 @@ def test_conditioning_command_tells_an_obedient_model_from_a_deaf_one(monkeypatc
 
 class Malicious:
     def __reduce__(self):
-        return os.system, ("touch /tmp/never",)
+        return os.system, ("touch never",)
 
 
 @pytest.mark.parametrize("content", [Malicious(), {"params": {"a": Malicious()}}, {"a": Path("x")},

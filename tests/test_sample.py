@@ -339,7 +339,7 @@ def test_a_checkpoint_that_does_not_fit_says_so(here, capsys):
     torch.save({k: v for k, v in data.items() if k != "vae"}, "half.pt")
     for file, words in (("missing.pt", "no such file"), ("noise.pt", "opened safely"),
                         ("tensor.pt", "not a checkpoint"),
-                         ("future.pt", "another version of rdtf (format 99"),
+                        ("future.pt", "another version of rdtf (format 99"),
                         ("vae.pt", "autoencoder alone"), ("wings.pt", "another version"),
                         ("wings.pt", "wings"), ("other.pt", "size mismatch"), ("half.pt", "vae")):
         err = fails(f"--text cat --ckpt {file}", capsys)
