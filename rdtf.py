@@ -18,6 +18,7 @@ Sources are cited as in the docstrings below: "Table N" / "eq." of the paper, "r
 import ctypes
 import hashlib
 import math
+import zlib
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class Config:
     context_dim: int = 128                # width of the text tokens
     temporal: str = "sti"                 # sti | conv3d (Table 3's ablation) | gated (the overview figure)
     prediction: str = "eps"               # what the output means: the noise (paper) or v (ours, see RDTF)
+    residual: bool = False                # diffuse what differs from the given frames (ours, see `blend`)
     # text: a byte transformer trained with the network, unless text_dims names the widths of frozen encoders
     text_layers: int = 3
     text_bytes: int = 64
@@ -76,10 +78,10 @@ class Config:
 
 PRESETS = {
     # 64 px RGBA, latents 16x8x8: quickstart, tests, shipped checkpoint. A laptop CPU trains it.
-    "tiny": dict(prediction="v", text_scale=2.0, image_scale=1.5),
+    "tiny": dict(prediction="v", residual=True, text_scale=2.0, image_scale=1.5),
     # 128 px RGBA, latents 16x16x16: one consumer GPU.
-    "base": dict(size=128, prediction="v", widths=(192, 384, 576), layers=2, head_dim=64, context_dim=512,
-                 text_layers=6, text_scale=5.0, image_scale=1.5),
+    "base": dict(size=128, prediction="v", residual=True, widths=(192, 384, 576), layers=2, head_dim=64,
+                 context_dim=512, text_layers=6, text_scale=5.0, image_scale=1.5),
     # The paper's network and input (Table 6, release): 256 px, Stable Diffusion's VAE, 4x32x32 latents.
     "paper": dict(size=256, latent_channels=4, widths=(320, 640, 1024, 1280), layers=2, head_dim=64,
                   context_dim=1024, text_dims=(1024, 768), vae_channels=3, vae_patch=1,
@@ -541,33 +543,45 @@ class DFGN(nn.Module):
 # Text
 
 
+WORDS = 4096                              # rows for whole words; two words that share one differ in spelling
+
+
 class ByteText(nn.Module):
     """The default text encoder: a small transformer over UTF-8 bytes, trained with the network (ours).
 
-    No vocabulary file and any language. Captions are cut or zero-padded to `text_bytes`; like CLIP's in
-    latent diffusion, the padding is not masked (a mask rules out flash kernels), and the empty caption is "no
-    text".
+    No vocabulary file and any language. A byte enters as what it is + where it is + the word it belongs to,
+    by a row that the word's checksum picks: a few hundred captions are too few to learn from spelling alone
+    that "red" is not "reading" (measured in benchmarks/README.md). Captions are cut to `text_bytes`; states
+    past their end are zeros, which attention reads as nothing (a mask would rule out flash kernels). The
+    empty caption, all zeros, is "no text".
     """
 
     def __init__(self, cfg):
         super().__init__()
         d, self.length = cfg.context_dim, cfg.text_bytes
-        self.embed, self.position = nn.Embedding(256, d), nn.Parameter(0.02 * torch.randn(self.length, d))
+        self.embed, self.words = nn.Embedding(256, d), nn.Embedding(WORDS, d)
+        self.position = nn.Parameter(0.02 * torch.randn(self.length, d))
         heads = max(1, d // 64)
         self.blocks = nn.ModuleList(TransformerBlock(d, heads, d // heads) for _ in range(cfg.text_layers))
         self.norm = nn.LayerNorm(d)
-        nn.init.normal_(self.embed.weight, std=0.02)
 
     def tokenize(self, captions):
-        """list of b strings -> (b, n) uint8 on the CPU."""
-        rows = [list(c.encode("utf-8")[:self.length]) for c in captions]
-        return torch.tensor([r + [0] * (self.length - len(r)) for r in rows], dtype=torch.uint8)
+        """list of b strings -> (b, n, 2) int16 on the CPU: bytes and rows of `words`, zeros past the end."""
+        rows = torch.zeros(len(captions), self.length, 2, dtype=torch.int16)
+        for row, caption in zip(rows, captions):
+            words = [w.encode("utf-8") for w in caption.lower().split()]
+            pairs = [(byte, zlib.crc32(w) % WORDS) for w in words for byte in w + b" "][:self.length]
+            if pairs:
+                row[:len(pairs)] = torch.tensor(pairs, dtype=torch.int16)
+        return rows
 
-    def forward(self, tok):                                                 # b n -> b n d
-        x = self.embed(tok.long()) + self.position
+    def forward(self, tok):                                                 # b n 2 -> b n d
+        byte, word = tok.long().unbind(-1)
+        real = (byte > 0)[..., None]
+        x = (self.embed(byte) + self.position + self.words(word)) * real
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(x) * real
 
 
 class FrozenText(nn.Module):
@@ -870,6 +884,22 @@ def q_sample(x0, noise, t, abar):
     return a.sqrt() * x0.float() + (1 - a).sqrt() * noise
 
 
+def blend(cond, cond_mask):
+    """Given latents (b, t, c, h, w), given where cond_mask (b, t) is True -> what one would guess from them
+    alone: between two given frames their linear blend, beyond the last one its copy, zeros without any.
+    """
+    t = cond.shape[1]
+    i = torch.arange(t, device=cond.device)
+    before = torch.where(cond_mask, i, -1).cummax(1).values                 # (b, t): the last given frame, -1
+    after = torch.where(cond_mask, i, t).flip(1).cummin(1).values.flip(1)   # (b, t): the next given frame, t
+    share = (i - before).to(cond.dtype) / (after - before).clamp(min=1)     # of the next one
+    share = torch.where(before < 0, 1.0, torch.where(after == t, 0.0, share))
+    cond = torch.where(cond_mask[:, :, None, None, None], cond, 0)          # where, not *: NaN * 0 is NaN
+    row = torch.arange(len(cond), device=cond.device)[:, None]
+    return torch.lerp(cond[row, before.clamp(min=0)], cond[row, after.clamp(max=t - 1)],
+                      share[:, :, None, None, None])
+
+
 class RDTF(nn.Module):
     """DFGN plus its text encoder: all that the main stage trains. forward is the diffusion step of training.
 
@@ -878,6 +908,10 @@ class RDTF(nn.Module):
     a network of 64 channels spends itself on passing 16 latent channels through, and an error of 0.07 in it
     is an error of 1 in x_0. v is then x_0 itself, which is what given frames and caption tell (measured in
     benchmarks/README.md).
+
+    residual (ours, for the small presets): the network sees and predicts x_0 - `blend` of the given frames.
+    Noise, steps and loss are the same (the error of a difference is the error of the whole), but the network
+    starts from a blend of the given frames and learns what moves, instead of first learning to copy.
     """
 
     def __init__(self, cfg, text_paths=()):
@@ -894,7 +928,10 @@ class RDTF(nn.Module):
         rest. x0, noise: (b, t, c, h, w); text: what `text.tokenize` gave; cond_mask, frame_mask (b, t) bool;
         frame_mask None: nothing is padded.
         """
-        out = self.net(q_sample(x0, noise, t, self.abar), t, x0, self.text(text), cond_mask, frame_mask)
+        cond = x0
+        if self.cfg.residual:
+            x0 = x0 - blend(x0, cond_mask)
+        out = self.net(q_sample(x0, noise, t, self.abar), t, cond, self.text(text), cond_mask, frame_mask)
         target = noise
         if self.cfg.prediction == "v":
             a = self.abar[t].view(-1, 1, 1, 1, 1)
@@ -938,14 +975,17 @@ def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, i
     contexts = torch.cat([context[k] for k, _ in keys])
     constant = model.net.condition(cond.repeat(n, 1, 1, 1, 1), contexts, masks, fmask)
     w = torch.tensor([weights[k] for k in keys], device=cond.device).view(n, 1, 1, 1, 1, 1)
+    guess = blend(cond.repeat(n, 1, 1, 1, 1), masks) if model.cfg.residual else 0.0
 
     def eps(x, t):
         if noise is not None:
             x = torch.where(cond_mask[:, :, None, None, None], q_sample(cond, noise, t, model.abar), x)
-        out = model.net(x.repeat(n, 1, 1, 1, 1), t.repeat(n), condition=constant).unflatten(0, (n, b))
+        a = model.abar[t].repeat(n).view(-1, 1, 1, 1, 1)
+        y = x.repeat(n, 1, 1, 1, 1) - a.sqrt() * guess
+        out = model.net(y, t.repeat(n), condition=constant)
         if model.cfg.prediction == "v":
-            a = model.abar[t].view(1, b, 1, 1, 1, 1)
-            out = a.sqrt() * out + (1 - a).sqrt() * x
+            out = a.sqrt() * out + (1 - a).sqrt() * y
+        out = out.unflatten(0, (n, b))
         guided = (w * out).sum(0)
         if rescale and n > 1:
             full = out[keys.index(max(keys))]                               # the branch that sees the most

@@ -66,23 +66,23 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_model(path, device="cpu"):
+def load_model(path, device="cpu", flag="--ckpt"):
     """A checkpoint of train.py, whole or exported (half precision, without EMA) -> Loaded, in fp32, with the
-    averaged weights where there are any."""
+    averaged weights where there are any. flag: what messages call it."""
     if not Path(path).is_file():
-        raise DataError(f"--ckpt {path}: no such file; train one with `python train.py`")
+        raise DataError(f"{flag} {path}: no such file; train one with `python train.py`")
     try:
         data = read_weights(path)
     except Exception as e:
-        raise DataError(f"--ckpt {path}: not a checkpoint that can be opened safely ({type(e).__name__}); "
+        raise DataError(f"{flag} {path}: not a checkpoint that can be opened safely ({type(e).__name__}); "
                         f"use a run's last.pt")
     if not isinstance(data, dict) or "format" not in data:
-        raise DataError(f"--ckpt {path}: not a checkpoint of rdtf; use a run's last.pt")
+        raise DataError(f"{flag} {path}: not a checkpoint of rdtf; use a run's last.pt")
     if data["format"] != FORMAT:
-        raise DataError(f"--ckpt {path}: written by another version of rdtf (format {data['format']}, this "
+        raise DataError(f"{flag} {path}: written by another version of rdtf (format {data['format']}, this "
                         f"one reads {FORMAT}); use that version")
     if data.get("stage") != "main":
-        raise DataError(f"--ckpt {path}: an autoencoder alone; use a run's last.pt")
+        raise DataError(f"{flag} {path}: an autoencoder alone; use a run's last.pt")
     try:
         cfg = Config(**data["config"])
         model, vae = RDTF(cfg, data.get("text_encoder") or ()), AutoencoderKL(cfg)
@@ -91,7 +91,7 @@ def load_model(path, device="cpu"):
         vae.load_state_dict({k: v.float() for k, v in data["vae"].items()})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         reason = " ".join(str(e).split())[:120]
-        raise DataError(f"--ckpt {path}: damaged, or written by another version of rdtf ({reason})")
+        raise DataError(f"{flag} {path}: damaged, or written by another version of rdtf ({reason})")
     try:
         for m in (model, vae):
             m.to(device).eval().requires_grad_(False)

@@ -36,7 +36,8 @@ from curriculum import GENERATION, TASKS, Curriculum, allowed, choices, make_mas
 from data import DataError, Stickers, draw_clip, open_stickers, save_sheet, write_sticker
 from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, keep_memory,
                   load_vae, read_weights)
-from sample import FORMAT, Loaded, ema_weights, first_line, sample_clips, to_device, to_straight
+from sample import (FORMAT, Loaded, ema_weights, first_line, load_model, sample_clips, to_device,
+                    to_straight)
 
 BUILT_IN = Path(__file__).parent / "assets" / "stickers"
 SHIPPED = Path(__file__).parent / "weights" / "vae.pt"
@@ -64,6 +65,9 @@ def parser():
     a("--vae", default="",
       help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); train: train "
            "one; empty: the shipped one of tiny and base")
+    a("--init", default="", metavar="FILE",
+      help="checkpoint to start from instead of random weights, with its autoencoder: train.py's last.pt or "
+           "an exported one; the steps count from 0")
     a("--text-encoder", nargs="+", default=[], metavar="PATH",
       help="one or two local Hugging Face text encoders; none: byte transformer")
     a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="mixes frames (Table 3)")
@@ -722,7 +726,14 @@ def validate(module, batch, groups, ctx, chunk=8):
 def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
     """-> finished? Leaves last.pt, log.jsonl; at the end samples.png, one sticker per mode and loss.png."""
     torch.manual_seed(args.seed)
-    model = RDTF(cfg, args.text_encoder).to(ctx.device)
+    model = RDTF(cfg, args.text_encoder)
+    if args.init and not (out / MainStage.file).exists():               # else the run goes on from there
+        given = load_model(args.init, flag="--init")
+        check_config(args.init, {"config": asdict(given.cfg)}, asdict(cfg), "main")
+        if given.vae.id != vae.id:
+            raise DataError(f"--init {args.init}: was trained with another autoencoder; leave --vae out")
+        model.load_state_dict(given.model.state_dict())
+    model.to(ctx.device)
     if ctx.main:
         print_parts(model, vae)
     model.net.checkpointing = args.checkpointing
@@ -857,6 +868,9 @@ def resolve(args):
         if not low <= value <= high:
             wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
             raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
+    if args.init and not Path(args.init).is_file():
+        raise DataError(f"--init {args.init}: no such file")
+    args.vae = args.vae or args.init
     if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and SHIPPED.exists():
         args.vae = str(SHIPPED)
     if args.vae == "train":
@@ -893,7 +907,8 @@ def get_vae(cfg, stickers, items, args, ctx, out):
         try:
             vae = load_vae(args.vae)
         except Exception as e:                                      # whatever a broken file makes torch raise
-            raise DataError(f"--vae {args.vae}: not an autoencoder that can be opened ({first_line(e)})")
+            flag = "--init" if args.vae == args.init else "--vae"
+            raise DataError(f"{flag} {args.vae}: not an autoencoder that can be opened ({first_line(e)})")
         if (vae.f, vae.latent_channels) != (cfg.f, cfg.latent_channels):
             raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset "
                             f"{args.preset} needs f = {cfg.f} with {cfg.latent_channels}")

@@ -22,7 +22,8 @@ import train  # noqa: E402
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])                # its first use imports seconds' worth of torch: here, once
 rdtf.PRESETS["micro"] = dict(size=32, latent_channels=4, widths=(32,), head_dim=8, context_dim=16,
-                             text_layers=1, text_bytes=16, vae_widths=(32, 32), text_scale=2.0)
+                             prediction="v", residual=True, text_layers=1, text_bytes=16,
+                             vae_widths=(32, 32), text_scale=2.0)
 # as above: with one channel per group a bias before a GroupNorm has rounding for a gradient; Adam scales it
 rdtf.PRESETS["micro64"] = dict(rdtf.PRESETS["micro"], widths=(64,))
 train.RECIPES["micro"] = dict(steps=6, batch_size=2, lr=1e-3, ema=0.9, warmup=2, schedule="cosine",

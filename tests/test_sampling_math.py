@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rdtf import (RDTF, Config, alphas_cumprod, guidance_weights, guided_eps, q_sample, sample,
-                  timestep_embedding, timesteps)
+from rdtf import (RDTF, Config, alphas_cumprod, blend, guidance_weights, guided_eps, q_sample,
+                  sample, timestep_embedding, timesteps)
 
 SMALL = dict(widths=(32, 32), layers=1, head_dim=16, context_dim=32, text_layers=1, latent_channels=4)
 
@@ -59,19 +59,19 @@ def test_guidance_weights_leave_out_what_cannot_matter():
         assert sum(guidance_weights(*scales, True, True).values()) == pytest.approx(1.0)
 
 
-def model(prediction="eps"):
+def model(prediction="eps", residual=False):
     torch.manual_seed(0)
-    m = RDTF(Config(**SMALL, prediction=prediction)).eval()
+    m = RDTF(Config(**SMALL, prediction=prediction, residual=residual)).eval()
     for p in m.parameters():
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.05)
     return m.requires_grad_(False)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction, residual", [("eps", False), ("v", False), ("v", True)])
 @pytest.mark.parametrize("scales", [(3.0, 2.0), (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)])
-def test_cached_guidance_equals_three_plain_calls(scales, prediction):
-    m = model(prediction)
+def test_cached_guidance_equals_three_plain_calls(scales, prediction, residual):
+    m = model(prediction, residual)
     gen = torch.Generator().manual_seed(5)
     x, cond = torch.randn(2, 8, 4, 8, 8, generator=gen), torch.randn(2, 8, 4, 8, 8, generator=gen)
     given = torch.zeros(2, 8, dtype=torch.bool)
@@ -80,9 +80,10 @@ def test_cached_guidance_equals_three_plain_calls(scales, prediction):
     t = torch.tensor([400, 900])
 
     def plain(tok, mask):
-        out = m.net(x, t, cond, m.text(tok), mask)
         a = m.abar[t].view(-1, 1, 1, 1, 1)
-        return out if prediction == "eps" else a.sqrt() * out + (1 - a).sqrt() * x
+        y = x - a.sqrt() * blend(cond, mask) if residual else x
+        out = m.net(y, t, cond, m.text(tok), mask)
+        return out if prediction == "eps" else a.sqrt() * out + (1 - a).sqrt() * y
 
     e00, e0i, eti = plain(none, given & False), plain(none, given), plain(text, given)
     st, si = scales
@@ -111,20 +112,53 @@ def test_given_frames_enter_noised_and_negative_text_replaces_no_text():
     assert r.std((1, 2, 3, 4)).item() == pytest.approx(full.std((1, 2, 3, 4)).item(), rel=1e-4)
 
 
-def test_v_and_eps_losses_agree_on_a_perfect_network():
+@pytest.mark.parametrize("residual", [False, True])
+def test_v_and_eps_losses_agree_on_a_perfect_network(residual):
     """For the true v, the loss is 0 and the noise that sampling reads off it is the true noise."""
-    m = model("v")
+    m = model("v", residual)
     x0, noise = torch.randn(2, 8, 4, 8, 8), torch.randn(2, 8, 4, 8, 8)
     t = torch.tensor([10, 990])
     a = m.abar[t].view(-1, 1, 1, 1, 1)
-    v = a.sqrt() * noise - (1 - a).sqrt() * x0
-    m.net.forward = lambda x, t, *rest, **kw: v
     given = torch.zeros(2, 8, dtype=torch.bool)
+    given[0, [1, 4]] = True
+    v = a.sqrt() * noise - (1 - a).sqrt() * (x0 - blend(x0, given) * residual)
+    m.net.forward = lambda x, t, *rest, **kw: v
     tok = m.text.tokenize(["", ""])
-    assert m(x0, noise, t, tok, given).abs().max() == 0
+    assert m(x0, noise, t, tok, given).abs().max() < 1e-10
     eps = guided_eps(m, tok, tok, x0, given, None, 1.0, 1.0, has_text=False)
     eps = eps(q_sample(x0, noise, t, m.abar), t)
     assert torch.allclose(eps, noise, atol=1e-4)
+
+
+def test_a_network_that_knows_nothing_makes_the_blend_of_the_given_frames():
+    """residual: at the start, before any training, interpolation is the blend and prediction the copy."""
+    m = model("v", residual=True)
+    x0, noise = torch.randn(2, 8, 4, 8, 8), torch.randn(2, 8, 4, 8, 8)
+    given = torch.zeros(2, 8, dtype=torch.bool)
+    given[0, ::2] = given[1, :4] = True
+
+    def knows_nothing(x, t, **kw):                                  # no difference: x is noise, by its level
+        a = m.abar[t].view(-1, 1, 1, 1, 1)
+        return a.sqrt() / (1 - a).sqrt() * x
+    m.net.forward = knows_nothing
+    tok = m.text.tokenize(["", ""])
+    eps = guided_eps(m, tok, tok, x0, given, None, 1.0, 1.0, has_text=False)
+    assert torch.allclose(sample(eps, noise, 20, "dpm"), blend(x0, given), atol=1e-3)
+
+
+def test_blend_is_numpy_interpolation_in_every_pattern():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        t = int(rng.integers(1, 9))
+        given = rng.random((3, t)) < 0.4
+        x = rng.standard_normal((3, t, 2, 2, 2))
+        hidden = np.where(given[:, :, None, None, None], x, np.nan)         # others are never looked at
+        y = blend(torch.from_numpy(hidden), torch.from_numpy(given)).reshape(3, t, 8)
+        for i in range(3):
+            at = np.flatnonzero(given[i])
+            for j in range(8):
+                want = np.interp(np.arange(t), at, x[i, at].reshape(-1, 8)[:, j]) if len(at) else np.zeros(t)
+                assert np.allclose(y[i, :, j], want)
 
 
 def test_the_loss_is_the_stated_sum_over_real_frames():

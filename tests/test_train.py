@@ -429,6 +429,20 @@ def test_the_validation_batch_is_fixed_and_has_the_trained_tasks_only(store, tas
     assert int(a["t"].max()) >= 750 and int(a["t"].min()) <= 250
 
 
+def test_words_reach_the_network_and_the_empty_caption_is_zeros():
+    torch.manual_seed(0)
+    text = run_micro.rdtf.ByteText(train.Config(**run_micro.rdtf.PRESETS["micro"]))             # 16 bytes
+    tok = text.tokenize(["a red heart in the sky", "red", "", "ReD", "红心"])
+    long, short, none, case, chinese = tok
+    assert bytes(long[:, 0].tolist()) == b"a red heart in t" and bytes(short[:4, 0].tolist()) == b"red "
+    assert len(set(long[2:6, 1].tolist())) == 1                                         # one row a word
+    assert torch.equal(long[2:6, 1], short[:4, 1]) and not none.any()
+    assert long[0, 1] != long[2, 1] and torch.equal(short, case) and (chinese[:7, 0] > 0).all()
+    states = text(tok)
+    assert (states[2] == 0).all() and (states[1, 4:] == 0).all() and (states[1, :4] != 0).any(1).all()
+    assert (states[0, :4] - states[1, :4]).square().mean() > 0.1
+
+
 def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
     out = tmp_path / "run"
     flags = ("--tasks", "interpolate,predict_pre", "--steps", 4, "--log-every", 1, "--eval-every", 2)
@@ -522,6 +536,11 @@ BAD = {
     "out is a file": (["--out", "{tmp}/file/run"], "{tmp}/file"),
     "other vae": (["--out", "{run}", "--vae", "{other}"], "another autoencoder"),
     "other network": (["--out", "{run}", "--vae", "{vae}", "--temporal", "conv3d"], "temporal = sti"),
+    "no such start": (["--init", "{tmp}/none.pt"], "--init {tmp}/none.pt: no such file"),
+    "start is no checkpoint": (["--init", "{tmp}/file"], "--init {tmp}/file: not an autoencoder"),
+    "start is an autoencoder": (["--init", "{vae}"], "--init {vae}: an autoencoder alone"),
+    "start of another network": (["--init", "{run}/last.pt", "--temporal", "conv3d"], "temporal = sti"),
+    "start of another vae": (["--init", "{run}/last.pt", "--vae", "{other}"], "leave --vae out"),
     "device": (["--device", "cuda:77"], "--device cpu"),
 }
 
@@ -530,7 +549,7 @@ BAD = {
 def test_bad_input_is_one_line(case, store, vae, plain, tmp_path, capsys, quiet_signals):
     (tmp_path / "file").write_text("no folder, no checkpoint")
     other = tmp_path / "other.pt"
-    if case == "other vae":
+    if "{other}" in BAD[case][0]:
         data = load(vae)
         data["vae"]["mean"] += 1
         torch.save(data, other)
@@ -580,8 +599,14 @@ def test_exports_are_half_precision_and_can_be_used(store, vae, plain, tmp_path,
         with torch.no_grad():
             z, exact = (train.load_vae(path).encode(x) for path in (tmp_path / file, vae))
         assert torch.allclose(z, exact, atol=0.02)
-    go(tmp_path / "run", store, "--vae", tmp_path / "all.pt", "--steps", 1)
-    assert (tmp_path / "run/last.pt").exists()
+    # a run that starts from it: with no rate the weights stay, and its autoencoder comes along
+    out, flags = tmp_path / "run", ("--init", tmp_path / "all.pt", "--lr", 0, "--steps", 1)
+    go(out, store, *flags)
+    for name, value in load(out / "last.pt")["model"].items():
+        assert torch.equal(value, small["model"][name].float()), name
+    (tmp_path / "all.pt").rename(tmp_path / "moved.pt")
+    go(out, store, "--vae", tmp_path / "moved.pt", "--lr", 0, "--steps", 2)     # resumed: not needed any more
+    assert load(out / "last.pt")["step"] == 2
     with pytest.raises(SystemExit):
         export("--export", tmp_path / "b.pt", "--out", tmp_path / "nothing")
     assert "train first" in capsys.readouterr().err
