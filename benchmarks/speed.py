@@ -191,7 +191,8 @@ def compare_sampling(models, data, args, clock):
     mask[:, 0] = True
     cond = torch.where(mask[:, :, None, None, None], cond, 0)
     net = models["ours"][0]
-    shim = SimpleNamespace(net=net, cfg=net.cfg, text=lambda tokens: tokens)   # texts come as tokens
+    shim = SimpleNamespace(net=net, cfg=net.cfg, text=lambda tokens: tokens,    # texts come as tokens
+                           abar=rdtf.alphas_cumprod().to(x.device))
     branches = ((negative, torch.zeros_like(cond)), (negative, cond), (context, cond))
 
     def ours(text_scale, image_scale):
