@@ -795,7 +795,7 @@ def in_order(work, items, workers, timeout=120):
             for pipe in [p for p, (_, _, since) in busy.items() if time.monotonic() - since > timeout]:
                 number, process, _ = busy.pop(pipe)
                 process.kill()
-                process.join()                           # a killed one stays in the table until it is waited for
+                process.join()                           # or it stays in the process table
                 done[number] = "unreadable", f"took over {timeout:g} s; delete it"
                 start()
             while position in done:
