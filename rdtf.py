@@ -550,8 +550,8 @@ class ByteText(nn.Module):
     """The default text encoder: a small transformer over UTF-8 bytes, trained with the network (ours).
 
     No vocabulary file and any language. A byte enters as what it is + where it is + the word it belongs to,
-    by a row that the word's checksum picks: a few hundred captions are too few to learn from spelling alone
-    that "red" is not "reading" (measured in benchmarks/README.md). Captions are cut to `text_bytes`; states
+    by a row that the word's checksum picks: from bytes alone nothing was learned of the captions in the time
+    in which words had a first effect (benchmarks/README.md). Captions are cut to `text_bytes`; states
     past their end are zeros, which attention reads as nothing (a mask would rule out flash kernels). The
     empty caption, all zeros, is "no text".
     """
@@ -567,13 +567,12 @@ class ByteText(nn.Module):
 
     def tokenize(self, captions):
         """list of b strings -> (b, n, 2) int16 on the CPU: bytes and rows of `words`, zeros past the end."""
-        rows = torch.zeros(len(captions), self.length, 2, dtype=torch.int16)
-        for row, caption in zip(rows, captions):
+        rows = []
+        for caption in captions:
             words = [w.encode("utf-8") for w in caption.lower().split()]
             pairs = [(byte, zlib.crc32(w) % WORDS) for w in words for byte in w + b" "][:self.length]
-            if pairs:
-                row[:len(pairs)] = torch.tensor(pairs, dtype=torch.int16)
-        return rows
+            rows.append(pairs + [(0, 0)] * (self.length - len(pairs)))
+        return torch.tensor(rows, dtype=torch.int16)
 
     def forward(self, tok):                                                 # b n 2 -> b n d
         byte, word = tok.long().unbind(-1)
@@ -886,7 +885,7 @@ def q_sample(x0, noise, t, abar):
 
 def blend(cond, cond_mask):
     """Given latents (b, t, c, h, w), given where cond_mask (b, t) is True -> what one would guess from them
-    alone: between two given frames their linear blend, beyond the last one its copy, zeros without any.
+    alone: between two given frames their linear blend, outside them a copy of the nearest, zeros without any.
     """
     t = cond.shape[1]
     i = torch.arange(t, device=cond.device)
@@ -973,9 +972,10 @@ def guided_eps(model, text, negative, cond, cond_mask, frame_mask, text_scale, i
     masks = torch.cat([cond_mask if image else torch.zeros_like(cond_mask) for _, image in keys])
     fmask = None if frame_mask is None or bool(frame_mask.all()) else frame_mask.repeat(n, 1)
     contexts = torch.cat([context[k] for k, _ in keys])
-    constant = model.net.condition(cond.repeat(n, 1, 1, 1, 1), contexts, masks, fmask)
+    conds = cond.repeat(n, 1, 1, 1, 1)
+    constant = model.net.condition(conds, contexts, masks, fmask)
     w = torch.tensor([weights[k] for k in keys], device=cond.device).view(n, 1, 1, 1, 1, 1)
-    guess = blend(cond.repeat(n, 1, 1, 1, 1), masks) if model.cfg.residual else 0.0
+    guess = blend(conds, masks) if model.cfg.residual else 0.0
 
     def eps(x, t):
         if noise is not None:

@@ -867,8 +867,6 @@ def resolve(args):
         if not low <= value <= high:
             wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
             raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
-    if args.init and not Path(args.init).is_file():
-        raise DataError(f"--init {args.init}: no such file")
     args.vae = args.vae or args.init
     if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and SHIPPED.exists():
         args.vae = str(SHIPPED)
@@ -901,15 +899,15 @@ def choose_items(stickers, args):
 def get_vae(cfg, stickers, items, args, ctx, out):
     """-> the autoencoder: --vae, else trained (--dry-run: as it starts); None if its training was stopped."""
     if args.vae:
+        named = f"{'--init' if args.vae == args.init else '--vae'} {args.vae}"
         if not Path(args.vae).exists():
-            raise DataError(f"--vae {args.vae}: no such file")
+            raise DataError(f"{named}: no such file")
         try:
             vae = load_vae(args.vae)
         except Exception as e:                                      # whatever a broken file makes torch raise
-            flag = "--init" if args.vae == args.init else "--vae"
-            raise DataError(f"{flag} {args.vae}: not an autoencoder that can be opened ({first_line(e)})")
+            raise DataError(f"{named}: not an autoencoder that can be opened ({first_line(e)})")
         if (vae.f, vae.latent_channels) != (cfg.f, cfg.latent_channels):
-            raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset "
+            raise DataError(f"{named}: f = {vae.f} with {vae.latent_channels} channels, preset "
                             f"{args.preset} needs f = {cfg.f} with {cfg.latent_channels}")
         for key, value in vae.settings.items():                         # the configuration describes this one
             setattr(cfg, key, value)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import data  # noqa: E402
 import features  # noqa: E402
+import rdtf  # noqa: E402
 from data import DataError  # noqa: E402
 
 FRAMES = 8
@@ -638,7 +639,6 @@ def validity(args):
     plan = make_plan(stickers, args.count, args.seed)
     vae = None
     if args.vae:
-        import rdtf
         vae = rdtf.load_vae(args.vae)
     bench = Bench(args.networks, vae, args.clip, args.i3d_dtype)
     teaching_pool(bench, stickers, plan)
