@@ -7,6 +7,7 @@ stickers, finds those frames once, and keeps them in a memory-mapped store that 
     python data.py fluent --out data/fluent  # Microsoft's Fluent animated emoji, from npm
     python data.py prepare data/fluent --out data/fluent64 --size 64
     python data.py prepare my_stickers --out data/mine --size 128 --vae vae.pt  # latents instead of pixels
+    python data.py augment data/fluent64 --out data/fluent64x8   # small sets: copies, mirrored, recoloured
     python data.py convert in.gif out.webp --size 512 --max-kb 500
 
 Axis letters: t frame, c channel, h w rows and columns. A sticker is uint8 RGBA (t, h, w, 4): straight in
@@ -1016,6 +1017,57 @@ class Stickers:
         return Stickers(latents, self.index, self.text, _latent_meta(self.meta, vae))
 
 
+def vary(frames, rng):
+    """A sticker, uint8 premultiplied (m, 4, s, s) -> (one like it, does its caption still hold). All frames
+    alike (ours): up to 20 degrees turned, 0.8 to 1.1 times as large, moved by up to a tenth, mirrored half
+    the time, and half the time its colours turned about the grey axis by any angle. Of a mirrored or
+    recoloured sticker "red arrow to the left" would be wrong."""
+    import torch
+    import torch.nn.functional as F
+    angle, scale, hue = np.deg2rad(rng.uniform(-20, 20)), rng.uniform(0.8, 1.1), rng.uniform(0, 2 * np.pi)
+    dx, dy = rng.uniform(-0.2, 0.2, 2)                                      # of the half side
+    mirror, recolour = rng.random(2) < 0.5
+    x, c, s = torch.from_numpy(np.array(frames)).float(), np.cos(angle) / scale, np.sin(angle) / scale
+    sign = -1 if mirror else 1
+    at = torch.tensor([[sign * c, sign * -s, dx], [s, c, dy]], dtype=torch.float32)
+    grid = F.affine_grid(at.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, align_corners=False)                         # outside: transparent
+    if recolour:                                                            # Rodrigues' formula
+        axis = np.full(3, 3 ** -0.5)
+        turn = np.cos(hue) * np.eye(3) + np.sin(hue) * np.cross(np.eye(3), axis)
+        turn += (1 - np.cos(hue)) * np.outer(axis, axis)
+        x[:, :3] = torch.einsum("ij,mjhw->mihw", torch.from_numpy(turn).float(), x[:, :3])
+    x = torch.minimum(x.clamp(min=0), x[:, 3:])                             # premultiplied: colour <= alpha
+    return x.round().byte().numpy(), not (mirror or recolour)
+
+
+def augment(stickers, copies, vae=None, seed=0):
+    """Every training sticker `copies` times, once as it is and then changed by `vary`, without its caption
+    where that no longer holds; held-out ones once -> Stickers in memory, of pixels or of this VAE's latents.
+    For sets of a few hundred, which a network else learns by heart (figures in benchmarks/README.md)."""
+    if stickers.meta["kind"] != "pixels":
+        raise DataError("augment: the store holds latents, it takes pixels; prepare it again without --vae")
+    parts, entries, text, chain, offset = [], [], bytearray(), "", 0
+    for i in tqdm(range(len(stickers)), "augmenting", unit="sticker"):
+        entry = stickers.index[i]
+        frames = np.asarray(stickers.frames[entry["offset"]:entry["offset"] + entry["count"]])
+        for copy in range(1 if entry["split"] else copies):
+            new, holds = frames, True
+            if copy:
+                new, holds = vary(frames, np.random.default_rng((seed, i, copy)))
+            item = Item(None, stickers.name(i) + f"#{copy}" * (copy > 0), stickers.caption(i) * holds,
+                        int(entry["split"]))
+            digest = hashlib.blake2b(new.tobytes(), digest_size=16).hexdigest()
+            decoded = Decoded(new, entry["keys"], int(entry["duration"]), digest)
+            row, words, chain = _add(chain, offset, len(text), item, decoded)
+            parts.append(new if vae is None else encode_frames(vae, new))
+            entries.append(row)
+            text += words
+            offset += len(new)
+    return Stickers(np.concatenate(parts), np.concatenate(entries), bytes(text),
+                    _meta(chain, stickers.size, vae))
+
+
 def open_stickers(spec, size, larger=False):
     """What --data may be: a folder of stickers, a prepared store, "synthetic" or "synthetic:COUNT" ->
     Stickers of `size` pixels; `larger`: a store may also hold larger pictures."""
@@ -1300,6 +1352,19 @@ def _unpack(tarball, out, tones):
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 
+def open_vae(path):
+    """"" -> None."""
+    if path:
+        import rdtf
+        return rdtf.load_vae(path)
+
+
+def describe(path, stickers):
+    shape = "x".join(map(str, stickers.frames.shape[1:]))
+    print(f"{path}: {len(stickers)} stickers, {len(stickers.frames)} frames of {shape}, "
+          f"{stickers.frames.nbytes / 1e6:.1f} MB, fingerprint {stickers.meta['fingerprint']}")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Fetch, prepare and convert stickers.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1321,6 +1386,12 @@ def main(arguments=None):
                    help="what to leave out, some of small,aspect,entropy,duplicate; or none")
     p.add_argument("--max-bad", type=float, default=0.1,
                    help="fail if more than this share of the files is left out, 0 to 1")
+    p = commands.add_parser("augment", help="add changed copies of the stickers of a small set")
+    p.add_argument("store", help="prepared store of pixels, or a folder of stickers")
+    p.add_argument("--out", required=True, help="the new store")
+    p.add_argument("--copies", type=int, default=8, help="how often each sticker is in it, itself included")
+    p.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    p.add_argument("--vae", default="", help="VAE checkpoint: store its latents (default: store pixels)")
     p = commands.add_parser("convert", help="read a sticker and write it in another format, size or quality")
     p.add_argument("input")
     p.add_argument("output", help=f"the suffix decides: {' '.join(_ENCODERS)}")
@@ -1339,13 +1410,15 @@ def main(arguments=None):
                 raise DataError(f"--filter {args.filter}: give some of {','.join(FILTERS)}, or none")
             if not 8 <= args.size <= 1024:
                 raise DataError(f"--size {args.size}: must be 8 to 1024 pixels")
-            if args.vae:
-                import rdtf
-            vae = rdtf.load_vae(args.vae) if args.vae else None
-            s = prepare(args.folder, args.out, args.size, vae, args.workers, filters, args.max_bad)
-            shape = "x".join(map(str, s.frames.shape[1:]))
-            print(f"{args.out}: {len(s)} stickers, {len(s.frames)} frames of {shape}, "
-                  f"{s.frames.nbytes / 1e6:.1f} MB, fingerprint {s.meta['fingerprint']}")
+            describe(args.out, prepare(args.folder, args.out, args.size, open_vae(args.vae), args.workers,
+                                       filters, args.max_bad))
+        elif args.command == "augment":
+            if not 2 <= args.copies <= 1000:
+                raise DataError(f"--copies {args.copies}: choose 2 to 1000, the sticker itself included")
+            _check_target(Path(args.out))
+            s = augment(open_stickers(args.store, args.size), args.copies, open_vae(args.vae))
+            s.save(args.out)
+            describe(args.out, s)
         else:
             frames, times = read_sticker(args.input)
             done = write_sticker(args.output, frames, times, size=args.size, max_kb=args.max_kb)

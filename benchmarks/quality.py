@@ -210,12 +210,8 @@ def copy_nearest(clips, mask):
 
 def linear_blend(clips, mask):
     """Cross-fade of the two nearest given frames, premultiplied; outside of them the nearest one."""
-    out = clips.copy()
-    for t in np.flatnonzero(~mask):
-        a, b = neighbours(mask, t)
-        u = 0 if b is None else 1 if a is None else (t - a) / (b - a)
-        out[:, t] = (1 - u) * clips[:, b if a is None else a] + u * clips[:, a if b is None else b]
-    return out
+    given = torch.from_numpy(np.array(mask)).expand(len(clips), -1)
+    return rdtf.blend(torch.from_numpy(np.ascontiguousarray(clips)), given).numpy()
 
 
 def flow_warp(clips, mask):
@@ -392,7 +388,7 @@ def generate(model, clips, captions, mask, args, seeds):
     for i in tqdm(range(0, len(clips), args.batch), "sampling", leave=False):
         part = slice(i, i + args.batch)
         frames = torch.from_numpy(clips[part]).permute(0, 1, 4, 2, 3).contiguous()
-        given = torch.from_numpy(mask).expand(len(frames), -1)
+        given = torch.from_numpy(np.array(mask)).expand(len(frames), -1)
         frames = frames * given[..., None, None, None]       # the model is not shown what it has to make
         result = sample.sample_clips(
             model, captions[part], frames, given, torch.ones_like(given), steps=args.steps, eta=args.eta,

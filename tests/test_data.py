@@ -453,6 +453,81 @@ def test_latents_on_the_fly_equal_latents_prepared_and_another_vae_is_refused(tm
         data.Stickers.from_folder(folder, 32).encode(vae)
 
 
+# Changed copies ---------------------------------------------------------------------------------------------
+
+def test_varied_stickers_are_premultiplied_move_alike_and_keep_grey():
+    frames = np.ascontiguousarray(data.fit_frames(moving(6), 32).transpose(0, 3, 1, 2))
+    grey = frames.copy()
+    grey[:, :3] = frames[:, 3:] // 2
+    kept = 0
+    for seed in range(40):
+        new, holds = data.vary(frames, np.random.default_rng(seed))
+        again, _ = data.vary(frames, np.random.default_rng(seed))
+        assert new.shape == frames.shape and new.dtype == np.uint8 and np.array_equal(new, again)
+        assert (new[:, :3] <= new[:, 3:]).all() and not np.array_equal(new, frames)
+        still, _ = data.vary(frames[[2, 2]], np.random.default_rng(seed))
+        assert np.array_equal(still[0], still[1]) and np.array_equal(still[0], new[2])
+        turned, _ = data.vary(grey, np.random.default_rng(seed))       # turned about the grey axis, grey stays
+        assert np.ptp(turned[:, :3].astype(int), axis=1).max() <= 1
+        if holds:                                                      # not recoloured: red stays red
+            red = frames.copy()
+            red[:, 1:3] = 0
+            assert not data.vary(red, np.random.default_rng(seed))[0][:, 1:3].any()
+        kept += holds
+    assert 3 <= kept <= 20                                             # of 40, a quarter
+
+
+def test_a_mirrored_sticker_is_the_mirror_image_of_one():
+    class Fixed:                                                       # no turn, size, shift or colour
+        def __init__(self, mirror):
+            self.mirror, self.scalars = mirror, [0.0, 1.0, 0.0]
+
+        def uniform(self, low, high, size=None):
+            return np.zeros(size) if size else self.scalars.pop(0)
+
+        def random(self, size):
+            return np.array([0.0 if self.mirror else 1.0, 1.0])
+
+    frames = np.ascontiguousarray(data.fit_frames(moving(3), 32).transpose(0, 3, 1, 2))
+    same, holds = data.vary(frames, Fixed(False))
+    assert holds and np.abs(same.astype(int) - frames).max() <= 1
+    other, holds = data.vary(frames, Fixed(True))
+    assert not holds and np.abs(other[..., ::-1].astype(int) - frames).max() <= 1
+
+
+def test_augmented_store(tmp_path, capsys):
+    plain = data.Stickers.synthetic(24, 32)
+    plain.save(tmp_path / "plain")
+    more = data.augment(plain, 3)
+    train, held = plain.select("train"), plain.select("held_out")
+    assert len(held) and len(more) == 3 * len(train) + len(held)
+    assert len(more.select("held_out")) == len(held)
+    for split in ("train", "held_out"):
+        step = 3 if split == "train" else 1
+        for i, j in zip(plain.select(split), more.select(split)[::step]):          # each as it is comes first
+            a, b = (data.draw_clip(s, k, np.random.default_rng(0)) for s, k in ((plain, i), (more, j)))
+            assert np.array_equal(a[0], b[0]) and a[1] == b[1]
+            assert plain.caption(i) == more.caption(j) and plain.name(i) == more.name(j)
+    captions = {more.name(j): more.caption(j) for j in more.select("train")}
+    assert len(captions) == len(more.select("train"))                              # names stay unique
+    assert any("#" in n and not c for n, c in captions.items())
+    assert all(c in ("", captions[n.partition("#")[0]]) for n, c in captions.items())
+    vae = HalfVAE("one")
+    assert same_stickers(data.augment(plain, 3, vae), more.encode(vae))
+    assert data.augment(plain, 3, vae).meta == more.encode(vae).meta
+    with pytest.raises(data.DataError, match="without --vae"):
+        data.augment(plain.encode(vae), 3)
+    command = ["augment", str(tmp_path / "plain"), "--size", "32", "--out"]
+    assert data.main([*command, str(tmp_path / "more"), "--copies", "3"]) == 0
+    assert same_stickers(data.Stickers.open(tmp_path / "more"), more)
+    assert data.main([*command, str(tmp_path / "few"), "--copies", "1"]) == 2
+    assert "--copies 1" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert data.main([*command, str(tmp_path / "mine")]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
 def test_filters_report_names_and_counts(tmp_path, capsys):
     folder = write_folder(tmp_path / "in", 12)
     data.write_sticker(folder / "tiny.webp", moving(2, 31), 50)

@@ -123,6 +123,24 @@ def test_given_frames_are_pixel_equal(here, flags, sampler):
             assert not any(np.array_equal(made[i], x) for x in truth)
 
 
+def test_what_stands_still_stays_as_sharp_as_it_was(here, monkeypatch):
+    """An autoencoder of random weights loses all there is; a network that finds that nothing moves must give
+    the given picture back all the same, and never colour above alpha."""
+    loaded = sample.load_model("micro.pt")
+    picture = torch.from_numpy(premultiply(soft()[:1])).permute(0, 3, 1, 2)[None].float() / 255
+    frames, cond = picture.expand(2, 8, -1, -1, -1).clone(), np.zeros((2, 8), bool)
+    cond[0, 2] = cond[1, 0] = cond[1, 5] = True
+    frames[~torch.from_numpy(cond)] = float("nan")                        # nobody looks at those
+    z = loaded.vae.encode(picture[0]).expand(2, 8, -1, -1, -1)
+    assert (loaded.vae.decode(z[0]) - picture[0]).abs().mean() > 0.1
+    monkeypatch.setattr(sample, "sample", lambda *a: z)
+    made = sample.sample_clips(loaded, ["", ""], frames, cond, seeds=[0, 1])
+    assert (made - picture).abs().max() < 1e-5
+    noise, lost = torch.rand(1, 8, 4, 5, 5), torch.randn(1, 8, 4, 5, 5)
+    out = sample.with_detail(noise, lost, torch.from_numpy(cond[1:]))
+    assert 0 <= out.min() and out.max() <= 1 and (out[:, :, :3] <= out[:, :, 3:]).all()
+
+
 @pytest.mark.parametrize("n", range(1, 9))
 def test_one_to_eight_frames(here, n):
     cli(f"--text cat --frames {n}", steps=1)
