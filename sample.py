@@ -121,8 +121,8 @@ def noise_like(shape, generators, device):
 
 def with_detail(clip, lost, cond):
     """Decoded frames and what the autoencoder lost of the given ones, (b, t, 4, s, s) -> the frames with that
-    put back, blended as in `rdtf.blend` (ours): what stands still stays as sharp as the given frames. Measured
-    in benchmarks/README.md."""
+    put back, blended as in `rdtf.blend` (ours): what stands still stays as sharp as the given frames
+    (measured in benchmarks/README.md)."""
     clip = (clip + blend(lost, cond)).clamp(0, 1)
     return torch.cat([torch.minimum(clip[:, :, :3], clip[:, :, 3:]), clip[:, :, 3:]], 2)
 

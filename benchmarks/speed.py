@@ -328,6 +328,8 @@ def main():
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU here; --count tells what can be counted without one")
+    if args.peers and len(args.widths) != 4:
+        sys.exit("--widths: the peers have four levels; give four widths, or --peers without a name")
     if not args.no_keep_memory:
         rdtf.keep_memory()
     if args.threads:

@@ -467,7 +467,7 @@ def test_varied_stickers_are_premultiplied_move_alike_and_keep_grey():
         assert (new[:, :3] <= new[:, 3:]).all() and not np.array_equal(new, frames)
         still, _ = data.vary(frames[[2, 2]], np.random.default_rng(seed))
         assert np.array_equal(still[0], still[1]) and np.array_equal(still[0], new[2])
-        turned, _ = data.vary(grey, np.random.default_rng(seed))       # turned about the grey axis, grey stays
+        turned, _ = data.vary(grey, np.random.default_rng(seed))       # about the grey axis: grey stays
         assert np.ptp(turned[:, :3].astype(int), axis=1).max() <= 1
         if holds:                                                      # not recoloured: red stays red
             red = frames.copy()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import features  # noqa: E402
 import quality  # noqa: E402
+import sample  # noqa: E402
 from data import DataError  # noqa: E402
 
 EVERY = np.ones(8, bool)
@@ -43,6 +44,9 @@ class ToyVAE(torch.nn.Module):
     """Encodes by averaging 4 x 4 pixels."""
     def encode(self, x):
         return F.avg_pool2d(x, 4)
+
+    def decode(self, z):
+        return F.interpolate(z, scale_factor=4)
 
 
 def bare_bench(tmp_path):
@@ -259,7 +263,8 @@ def fake_sampler(noise, size=32):
         out = np.where(mask[:, None, None, None], out, quality.add_noise(out, noise, rng))
         return torch.from_numpy(out).permute(0, 1, 4, 2, 3)
     loaded = types.SimpleNamespace(vae=ToyVAE(), cfg=cfg)
-    return types.SimpleNamespace(load_model=lambda path, device: loaded, sample_clips=sample_clips)
+    return types.SimpleNamespace(load_model=lambda path, device: loaded, sample_clips=sample_clips,
+                                 with_detail=sample.with_detail)
 
 
 def test_run_and_compare_end_to_end(tmp_path, monkeypatch, capsys):
@@ -277,6 +282,7 @@ def test_run_and_compare_end_to_end(tmp_path, monkeypatch, capsys):
     row = b["modes"]["interpolate-2"]
     assert row["ours"]["PSNR dB"][0] == pytest.approx(row["blend"]["PSNR dB"][0], abs=0.05)
     assert row["ours"]["PSNR dB"][0] > a["modes"]["interpolate-2"]["ours"]["PSNR dB"][0] + 3
+    assert row["ceiling: truth through our autoencoder"]["PSNR dB"][0] < 40
     assert "PSNR dB" not in b["modes"]["t2v"]["ours"] and "VAE-Frechet" in b["modes"]["t2v"]["ours"]
 
     capsys.readouterr()
@@ -293,6 +299,15 @@ def test_run_and_compare_end_to_end(tmp_path, monkeypatch, capsys):
     (tmp_path / "other.json").write_text(json.dumps(other))
     assert quality.main([*again, "--plan", str(tmp_path / "other.json")]) == 2
     assert quality.main(["compare", str(tmp_path / "nothing.json"), result_a]) == 2
+
+
+def test_the_ceiling_keeps_what_is_given_and_all_detail_of_what_stands_still():
+    clips, mask = toy_clips(2), quality.mask_of("interpolate-2")
+    top = quality.through_autoencoder(ToyVAE(), clips, mask)
+    assert np.array_equal(top[:, mask], clips[:, mask])
+    assert quality.psnr(clips, top, ~mask).max() < 40, "moving frames pass through a lossy autoencoder"
+    still = quality.freeze(clips, 7, None)
+    assert np.abs(quality.through_autoencoder(ToyVAE(), still, mask) - still).max() < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- conditioning
