@@ -867,6 +867,8 @@ def resolve(args):
         if not low <= value <= high:
             wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
             raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
+    if args.init and args.vae == "train":
+        raise DataError(f"--init {args.init} with --vae train: its autoencoder belongs to it; remove one")
     args.vae = args.vae or args.init
     if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and SHIPPED.exists():
         args.vae = str(SHIPPED)

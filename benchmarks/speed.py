@@ -212,7 +212,7 @@ def compare_sampling(models, data, args, clock):
                     work(*rest, *scales)
             works = {name: (lambda: run(ours)) if name == "ours" else (lambda call=m[1]: run(peer, call))
                      for name, m in models.items()}
-            times = alternate(clock, works, args.repeats, warmup=0 if args.device == "cpu" else 1)
+            times = alternate(clock, works, args.repeats, warmup=int(args.compile or args.device != "cpu"))
             title = f"{args.steps} DDIM steps, text scale {scales[0]}, image scale {scales[1]}, {dtype}"
             report(title, times, None, 1)
 

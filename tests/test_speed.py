@@ -8,7 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import speed  # noqa: E402
 
-SMALL = "--widths 32 32 32 64 --head-dim 32 --latent 16 --text-tokens 5 --repeats 1 --clock cpu --no-keep-memory"
+SMALL = ("--widths 32 32 32 64 --head-dim 32 --latent 16 --text-tokens 5 --repeats 1 --clock cpu "
+         "--no-keep-memory")
 
 
 def test_a_small_sampling_run_beside_a_peer(monkeypatch, capsys):

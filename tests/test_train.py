@@ -540,6 +540,7 @@ BAD = {
     "start is no checkpoint": (["--init", "{tmp}/file"], "--init {tmp}/file: not an autoencoder"),
     "start is an autoencoder": (["--init", "{vae}"], "--init {vae}: an autoencoder alone"),
     "start of another network": (["--init", "{run}/last.pt", "--temporal", "conv3d"], "temporal = sti"),
+    "start and new vae": (["--init", "{run}/last.pt", "--vae", "train"], "--vae train: its autoencoder"),
     "start of another vae": (["--init", "{run}/last.pt", "--vae", "{other}"], "leave --vae out"),
     "device": (["--device", "cuda:77"], "--device cpu"),
 }
