@@ -34,7 +34,7 @@ from rdtf import (RDTF, SAMPLERS, AutoencoderKL, Config, blend, guided_eps, keep
 FORMAT = 1                               # of checkpoints
 HERE = Path(__file__).parent
 SHIPPED = "weights/fluent-64.pt"
-BUILT_IN = "assets/stickers/1f44b.webp", "waving hand"      # where --input is missing: it moves well
+BUILT_IN = "assets/stickers/1f436.webp", "dog face"         # where --input is missing: calm motion
 SUFFIXES = (".webp", ".gif", ".apng", ".png", ".mp4")
 DURATION = 125                           # ms per frame where the input has no times
 

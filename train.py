@@ -36,10 +36,10 @@ from curriculum import GENERATION, TASKS, Curriculum, allowed, choices, make_mas
 from data import DataError, Stickers, draw_clip, open_stickers, save_sheet, write_sticker
 from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, keep_memory,
                   load_vae, read_weights)
-from sample import (FORMAT, HERE, Loaded, ema_weights, first_line, load_model, sample_clips,
+from sample import (FORMAT, HERE, SHIPPED, Loaded, ema_weights, first_line, load_model, sample_clips,
                     to_device, to_straight)
 
-BUILT_IN, SHIPPED = HERE / "assets" / "stickers", HERE / "weights" / "vae.pt"
+BUILT_IN = HERE / "assets" / "stickers"
 RECIPES = {  # what the flags of a preset default to
     # many small updates: after as many clips, 1000 x 4 reached a lower held-out loss than 500 x 8
     "tiny": dict(steps=700, batch_size=4, lr=1e-3, ema=0.998, warmup=50, schedule="cosine",
@@ -870,8 +870,8 @@ def resolve(args):
     if args.init and args.vae == "train":
         raise DataError(f"--init {args.init} with --vae train: its autoencoder belongs to it; remove one")
     args.vae = args.vae or args.init
-    if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and SHIPPED.exists():
-        args.vae = str(SHIPPED)
+    if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and (HERE / SHIPPED).exists():
+        args.vae = str(HERE / SHIPPED)
     if args.vae == "train":
         args.vae = ""
     if not set(args.tasks.split(",")) <= set(TASKS):
