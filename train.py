@@ -870,8 +870,9 @@ def resolve(args):
     if args.init and args.vae == "train":
         raise DataError(f"--init {args.init} with --vae train: its autoencoder belongs to it; remove one")
     args.vae = args.vae or args.init
-    if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and (HERE / SHIPPED).exists():
-        args.vae = str(HERE / SHIPPED)
+    shipped = HERE / SHIPPED
+    if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and shipped.exists():
+        args.vae = str(shipped)
     if args.vae == "train":
         args.vae = ""
     if not set(args.tasks.split(",")) <= set(TASKS):

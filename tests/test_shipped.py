@@ -30,7 +30,7 @@ def test_it_is_small_and_brings_the_autoencoder_of_new_runs():
 
 @pytest.mark.parametrize("name", ["1f525", "1f680"])                # fire, rocket: calm motion
 def test_frames_between_are_nearer_to_the_truth_than_their_neighbours(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)                                    # no runs/ here, so the shipped one is taken
+    monkeypatch.chdir(tmp_path)                             # no runs/ here: the shipped one is taken
     path = ROOT / f"assets/stickers/{name}.webp"
     sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7",
                  "--sampler", "dpm", "--steps", "4", "--out", "made.webp"])
