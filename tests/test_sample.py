@@ -189,7 +189,7 @@ def test_without_input_a_built_in_sticker_is_taken(here, capsys):
     torch.save(checkpoint(size=64), "big.pt")
     cli("--ckpt big.pt", steps=1)
     printed = capsys.readouterr().out.splitlines()[0]
-    name = f"{sample.BUILT_IN[0]} (waving hand)"
+    name = f"{sample.BUILT_IN[0]} (dog face)"
     assert printed == f"no --input: taking the built-in sticker {name}, frames 1, 3, 5, .."
     made, ms = read_sticker("sticker.webp")
     assert np.array_equal(made[::2], truth[::2]) and len(made) == 15 and sum(ms) == sum(times)
