@@ -59,19 +59,20 @@ def test_guidance_weights_leave_out_what_cannot_matter():
         assert sum(guidance_weights(*scales, True, True).values()) == pytest.approx(1.0)
 
 
-def model(prediction="eps", residual=False):
+def model(prediction="eps", residual=False, pooled=False):
     torch.manual_seed(0)
-    m = RDTF(Config(**SMALL, prediction=prediction, residual=residual)).eval()
+    m = RDTF(Config(**SMALL, prediction=prediction, residual=residual, pooled_text=pooled)).eval()
     for p in m.parameters():
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.05)
     return m.requires_grad_(False)
 
 
-@pytest.mark.parametrize("prediction, residual", [("eps", False), ("v", False), ("v", True)])
+@pytest.mark.parametrize("prediction, residual, pooled",
+                         [("eps", False, False), ("v", False, False), ("v", True, False), ("v", True, True)])
 @pytest.mark.parametrize("scales", [(3.0, 2.0), (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)])
-def test_cached_guidance_equals_three_plain_calls(scales, prediction, residual):
-    m = model(prediction, residual)
+def test_cached_guidance_equals_three_plain_calls(scales, prediction, residual, pooled):
+    m = model(prediction, residual, pooled)
     gen = torch.Generator().manual_seed(5)
     x, cond = torch.randn(2, 8, 4, 8, 8, generator=gen), torch.randn(2, 8, 4, 8, 8, generator=gen)
     given = torch.zeros(2, 8, dtype=torch.bool)

@@ -443,6 +443,42 @@ def test_words_reach_the_network_and_the_empty_caption_is_zeros():
     assert (states[0, :4] - states[1, :4]).square().mean() > 0.1
 
 
+def test_no_growth_of_the_text_encoder_can_drown_the_words():
+    """Training lets the residual stream grow a common vector of 20 times the words' size (measured on the
+    procedural set): after the last LayerNorm, captions then differ by 1 % of their variance and nothing is
+    learned from them."""
+    torch.manual_seed(0)
+    text = run_micro.rdtf.ByteText(train.Config(**run_micro.rdtf.PRESETS["micro"])).requires_grad_(False)
+    red, blue = text.tokenize(["big red star", "big sky star"])             # differ in bytes 4, 5 and 6
+
+    def difference():
+        a, b = text(torch.stack([red, blue]))
+        return (a - b)[4:7].square().mean().item()
+    before = difference()
+    text.blocks[0].ff.out.bias += 40 * torch.randn_like(text.blocks[0].ff.out.bias)
+    assert difference() > before / 4                                        # without a way around: 1/600
+
+
+def test_pooled_text_is_the_mean_token_and_nothing_without_a_caption():
+    rdtf = run_micro.rdtf
+    torch.manual_seed(0)
+    cfg = train.Config(**{**rdtf.PRESETS["micro64"], "pooled_text": True})
+    model = rdtf.RDTF(cfg).requires_grad_(False)
+    states = model.text(model.text.tokenize(["red", "", "a red heart"]))    # b n d, zeros past the end
+    clip = torch.zeros(3, cfg.frames, cfg.latent_channels, 8, 8)
+    pooled = model.net.condition(clip, states).pooled
+    expected = [model.net.pool(states[i, :n].mean(0)) for i, n in ((0, 4), (2, 12))]
+    assert torch.allclose(pooled[[0, 2]], torch.stack(expected), atol=1e-5) and (pooled[1] == 0).all()
+    torch.nn.init.normal_(model.net.conv_out.weight)
+    for layer in model.net.layers():                                        # cross-attention says nothing ...
+        assert (layer.spatial is None) or (layer.spatial.proj_out.weight == 0).all()
+    for block in (m for m in model.modules() if isinstance(m, rdtf.ResBlock)):
+        torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    x, t = torch.randn(1, *clip.shape[1:]).expand(3, -1, -1, -1, -1), torch.full((3,), 500)
+    out = model.net(x, t, clip, states)
+    assert not torch.allclose(out[0], out[2], atol=1e-3)                    # ... the caption arrives all the same
+
+
 def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
     out = tmp_path / "run"
     flags = ("--tasks", "interpolate,predict_pre", "--steps", 4, "--log-every", 1, "--eval-every", 2)
@@ -456,7 +492,7 @@ def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
 def test_dropping_is_decided_per_sample_by_its_number(store):
     stickers, seen = Stickers.open(store), []
     text = Namespace(tokenize=lambda texts: seen.extend(texts))
-    args = Namespace(seed=0, drop=0.1, word_drop=0.0)
+    args = Namespace(seed=0, drop=0.1, word_drop=0.0, high_noise=1.0)
     clips = train.Clips(stickers, stickers.select("train"), 0, 8)
     batch = train.collate([clips[0][:3] + (g,) for g in range(2000)])
     curriculum = Curriculum("none", 1, ("it2v",))
@@ -464,6 +500,19 @@ def test_dropping_is_decided_per_sample_by_its_number(store):
     no_text, no_image = np.array([x == "" for x in seen]), ~kwargs["cond_mask"].any(1).numpy()
     assert abs(no_text.mean() - 0.2) < 0.03 and abs(no_image.mean() - 0.1) < 0.03
     assert (no_text | ~no_image).all()                                      # an image is never dropped alone
+
+
+@pytest.mark.parametrize("task, power, above", [("t2v", 1.0, 0.2), ("t2v", 3.0, 0.488), ("it2v", 3.0, 0.2)])
+def test_noise_steps_are_uniform_unless_high_noise_is_asked_for_text_alone(store, task, power, above):
+    stickers = Stickers.open(store)
+    args = Namespace(seed=0, drop=0.0, word_drop=0.0, high_noise=power)
+    clips = train.Clips(stickers, stickers.select("train"), 0, 8)
+    batch = train.collate([clips[0][:3] + (g,) for g in range(2000)])
+    curriculum = Curriculum("none", 1, (task,))
+    text = Namespace(tokenize=lambda texts: texts)
+    t = train.finish(batch, text, curriculum, curriculum.weights(0), args, 8)[0]["t"]
+    assert abs((t >= 800).float().mean().item() - above) < 0.04 and 0 <= int(t.min()) and int(t.max()) <= 999
+    assert (t < 100).any() and (t > 900).any()
 
 
 # ------------------------------------------------------------------------------------------------------------
