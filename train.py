@@ -851,7 +851,8 @@ def print_parts(model, vae):
 # Start
 
 LOWEST = {  # what flags may be at least, and at most
-    **dict.fromkeys("steps batch_size accumulation vae_batch_size log_every patience min_frames high_noise".split(), 1),
+    **dict.fromkeys("steps batch_size accumulation vae_batch_size log_every patience min_frames "
+                    "high_noise".split(), 1),
     **dict.fromkeys("vae_steps warmup workers save_every keep_every sample_every eval_every max_updates seed "
                     "lr vae_lr vae_kl weight_decay grad_clip ema drop word_drop".split(), 0)}
 HIGHEST = {"ema": 1, "drop": 0.5, "word_drop": 1}

@@ -342,15 +342,15 @@ def test_frames_not_given_are_ignored():
 
 
 @pytest.mark.parametrize("temporal", MIXERS)
-@pytest.mark.parametrize("n", [1, 8])
-def test_every_parameter_gets_a_gradient(temporal, n):
+@pytest.mark.parametrize("n, pooled", [(1, False), (8, False), (1, True), (8, True)])
+def test_every_parameter_gets_a_gradient(temporal, n, pooled):
     """Also with one real frame, else DistributedDataParallel would stop at unused parameters."""
     x, t, cond, context = inputs()
     mask = (torch.arange(8) < n)[None]
-    fresh = DFGN(Config(**SMALL, temporal=temporal))
+    fresh = DFGN(Config(**SMALL, temporal=temporal, pooled_text=pooled))
     grads = gradients(fresh, fresh(x, t, cond, context, None, mask)[:, :n].sum())
     assert all(g is not None for g in grads.values())
-    net = random_net(widths=(64, 64), temporal=temporal)
+    net = random_net(widths=(64, 64), temporal=temporal, pooled_text=pooled)
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     loss = ((net(x, t, cond, context, None, mask) - target)[:, :n] ** 2).mean()
     for name, g in gradients(net, loss).items():
@@ -381,8 +381,9 @@ def test_only_the_detail_branch_knows_the_order_of_frames():
 # Speed and memory options change nothing
 
 
-def test_cached_condition_equals_uncached():
-    net, (x, t, cond, context) = random_net(), inputs(b=2)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_cached_condition_equals_uncached(pooled):
+    net, (x, t, cond, context) = random_net(pooled_text=pooled), inputs(b=2)
     given, mask = torch.arange(8)[None].repeat(2, 1) == 2, torch.arange(8)[None].repeat(2, 1) < 6
     with torch.no_grad():
         cached = net.condition(cond, context, given, mask)
