@@ -411,7 +411,7 @@ def through_autoencoder(vae, clips, mask):
     with torch.no_grad():
         seen = torch.stack([vae.decode(vae.encode(clip.to(device))).cpu() for clip in x])
     keep = given[..., None, None, None]
-    out = torch.where(keep, x, sample.with_detail(seen, torch.where(keep, x - seen, 0), given))
+    out = torch.where(keep, x, sample.with_detail(seen, x, seen, given))
     return out.permute(0, 1, 3, 4, 2).numpy()
 
 
@@ -734,8 +734,11 @@ def conditioning(args):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "conditioning.json").write_text(json.dumps(results, indent=1))
-        made = {name: clips for name, (clips, _) in rows.items() if clips is not real}
-        save_sheet(out / "conditioning.png", real, NONE, made)
+        shown = {"truth": real, "from the caption": rows["t2v: the caption"][0],
+                 "from caption and 1st frame": rows["it2v: caption and reference"][0]}
+        sheet = [(to_uint8(clips[i]), name if name != "truth" else captions[i])
+                 for i in range(min(8, len(real))) for name, clips in shown.items()]
+        data.save_sheet(out / "conditioning.png", *zip(*sheet))
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -136,9 +136,21 @@ def test_what_stands_still_stays_as_sharp_as_it_was(here, monkeypatch):
     monkeypatch.setattr(sample, "sample", lambda *a: z)
     made = sample.sample_clips(loaded, ["", ""], frames, cond, seeds=[0, 1])
     assert (made - picture).abs().max() < 1e-5
-    noise, lost = torch.rand(1, 8, 4, 5, 5), torch.randn(1, 8, 4, 5, 5)
-    out = sample.with_detail(noise, lost, torch.from_numpy(cond[1:]))
+    noise, given, seen = torch.rand(3, 1, 8, 4, 5, 5)
+    out = sample.with_detail(noise, given, seen, torch.from_numpy(cond[1:]))
     assert 0 <= out.min() and out.max() <= 1 and (out[:, :, :3] <= out[:, :, 3:]).all()
+
+
+def test_what_moves_leaves_no_ghost_of_lost_detail():
+    """A dot that the autoencoder loses: where the body has gone, the dot does not stay behind."""
+    body, dot = torch.zeros(1, 2, 4, 8, 8), torch.zeros(1, 2, 4, 8, 8)
+    body[:, :, :, :, :4] = 0.5
+    dot[:, :, :2, 3, 1] = -0.25
+    moved = body.roll(4, -1)
+    clip, cond = torch.stack([body[:, 0], moved[:, 1]], 1), torch.zeros(1, 2)
+    cond = cond.bool().index_fill(1, torch.tensor([0]), True)
+    assert torch.equal(sample.with_detail(body, body + dot, body, cond)[:, 1], (body + dot)[:, 1])
+    assert torch.equal(sample.with_detail(clip, body + dot, body, cond)[:, 1], moved[:, 1])
 
 
 @pytest.mark.parametrize("n", range(1, 9))
