@@ -79,7 +79,7 @@ class Config:
 
 PRESETS = {
     # 64 px RGBA, latents 16x8x8: quickstart, tests, shipped checkpoint. A laptop CPU trains it.
-    "tiny": dict(prediction="v", residual=True, pooled_text=True, text_scale=2.0, image_scale=1.5),
+    "tiny": dict(prediction="v", residual=True, pooled_text=True, text_scale=2.0, image_scale=1.25),
     # 128 px RGBA, latents 16x16x16: one consumer GPU.
     "base": dict(size=128, prediction="v", residual=True, pooled_text=True, widths=(192, 384, 576), layers=2,
                  head_dim=64, context_dim=512, text_layers=6, text_scale=5.0, image_scale=1.5),
