@@ -136,6 +136,13 @@ def feature_map(x, h, w):
     return x.unflatten(1, (h, w)).permute(0, 3, 1, 2)
 
 
+def start_at_zero(modules):
+    """Zeroes weight and bias of each, so that the branches they end start by adding nothing."""
+    for m in modules:
+        nn.init.zeros_(m.weight)
+        nn.init.zeros_(m.bias)
+
+
 class ResBlock(nn.Module):
     """GN SiLU conv, + time, GN SiLU conv, skip by identity or 1x1 conv (release; eps 1e-5)."""
 
@@ -441,6 +448,9 @@ class DFGN(nn.Module):
     returns the predicted noise, (b, t, c, h, w) fp32. Height and width must divide by 2^(levels - 1) * 2.
 
     Padded frames are zeroed at the entrance (ours), so what padding holds can never reach a real frame.
+
+    pooled_text (ours, for the small presets): the mean of the text tokens that are not zeros is added to the
+    step's embedding, so every ResBlock hears the caption before cross-attention has learned where to look.
     """
 
     def __init__(self, cfg):
@@ -487,9 +497,7 @@ class DFGN(nn.Module):
                 zero += [m.convs[1], m.convs[3]]
             elif isinstance(m, TemporalConv):
                 zero.append(m.convs[-1])
-        for m in zero:
-            nn.init.zeros_(m.weight)
-            nn.init.zeros_(m.bias)
+        start_at_zero(zero)
 
     def layers(self):
         """All layers in the order in which forward runs them."""
@@ -577,9 +585,7 @@ class ByteText(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(d, heads, d // heads) for _ in range(cfg.text_layers))
         self.norm = nn.LayerNorm(d)
         for block in self.blocks:                                           # each starts as the identity
-            for m in (block.attn1.out, block.attn2.out, block.ff.out):
-                nn.init.zeros_(m.weight)
-                nn.init.zeros_(m.bias)
+            start_at_zero([block.attn1.out, block.attn2.out, block.ff.out])
 
     def tokenize(self, captions):
         """list of b strings -> (b, n, 2) int16 on the CPU: bytes and rows of `words`, zeros past the end."""

@@ -734,11 +734,12 @@ def conditioning(args):
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "conditioning.json").write_text(json.dumps(results, indent=1))
-        shown = {"truth": real, "from the caption": rows["t2v: the caption"][0],
-                 "from caption and 1st frame": rows["it2v: caption and reference"][0]}
-        sheet = [(to_uint8(clips[i]), name if name != "truth" else captions[i])
-                 for i in range(min(8, len(real))) for name, clips in shown.items()]
-        data.save_sheet(out / "conditioning.png", *zip(*sheet))
+        text, both = rows["t2v: the caption"][0], rows["it2v: caption and reference"][0]
+        sheet, labels = [], []
+        for caption, *clips in list(zip(captions, real, text, both))[:8]:
+            sheet += map(to_uint8, clips)
+            labels += [caption, "from the caption", "from caption and 1st frame"]
+        data.save_sheet(out / "conditioning.png", sheet, labels)
 
 
 # ------------------------------------------------------------------------------------------------------- main

@@ -489,14 +489,20 @@ def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
     assert {x.name for x in out.glob("*.webp")} == {"interpolate.webp"}
 
 
-def test_dropping_is_decided_per_sample_by_its_number(store):
+def finished(store, task, **flags):
+    """What `finish` makes of 2,000 samples of one clip, all of one task -> its kwargs, the captions seen."""
     stickers, seen = Stickers.open(store), []
     text = Namespace(tokenize=lambda texts: seen.extend(texts))
-    args = Namespace(seed=0, drop=0.1, word_drop=0.0, high_noise=1.0)
+    args = Namespace(**{"seed": 0, "drop": 0.0, "word_drop": 0.0, "high_noise": 1.0, **flags})
     clips = train.Clips(stickers, stickers.select("train"), 0, 8)
     batch = train.collate([clips[0][:3] + (g,) for g in range(2000)])
-    curriculum = Curriculum("none", 1, ("it2v",))
+    curriculum = Curriculum("none", 1, (task,))
     kwargs, _ = train.finish(batch, text, curriculum, curriculum.weights(0), args, 8)
+    return kwargs, seen
+
+
+def test_dropping_is_decided_per_sample_by_its_number(store):
+    kwargs, seen = finished(store, "it2v", drop=0.1)
     no_text, no_image = np.array([x == "" for x in seen]), ~kwargs["cond_mask"].any(1).numpy()
     assert abs(no_text.mean() - 0.2) < 0.03 and abs(no_image.mean() - 0.1) < 0.03
     assert (no_text | ~no_image).all()                                      # an image is never dropped alone
@@ -504,13 +510,7 @@ def test_dropping_is_decided_per_sample_by_its_number(store):
 
 @pytest.mark.parametrize("task, power, above", [("t2v", 1.0, 0.2), ("t2v", 3.0, 0.488), ("it2v", 3.0, 0.2)])
 def test_noise_steps_are_uniform_unless_high_noise_is_asked_for_text_alone(store, task, power, above):
-    stickers = Stickers.open(store)
-    args = Namespace(seed=0, drop=0.0, word_drop=0.0, high_noise=power)
-    clips = train.Clips(stickers, stickers.select("train"), 0, 8)
-    batch = train.collate([clips[0][:3] + (g,) for g in range(2000)])
-    curriculum = Curriculum("none", 1, (task,))
-    text = Namespace(tokenize=lambda texts: texts)
-    t = train.finish(batch, text, curriculum, curriculum.weights(0), args, 8)[0]["t"]
+    t = finished(store, task, high_noise=power)[0]["t"]
     assert abs((t >= 800).float().mean().item() - above) < 0.04 and 0 <= int(t.min()) and int(t.max()) <= 999
     assert (t < 100).any() and (t > 900).any()
 
