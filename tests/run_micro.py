@@ -1,14 +1,16 @@
-"""train.py with one more preset, "micro", that a test can afford: `python tests/run_micro.py FLAGS`.
+"""train.py with small presets that a test can afford: `python tests/run_micro.py FLAGS`.
 
 `start` runs it in a process forked from a server that has imported everything already: that saves seconds.
-Hooks are failures to order: they run in that process before train.main().
+Hooks are failures to order, or things to look at: they run in that process before train.main().
 """
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -20,28 +22,31 @@ import rdtf  # noqa: E402
 import train  # noqa: E402
 
 torch.set_num_threads(1)
-torch.optim.AdamW([torch.zeros(1)])                # its first use imports seconds' worth of torch: here, once
-rdtf.PRESETS["micro"] = dict(size=32, latent_channels=4, widths=(32,), head_dim=8, context_dim=16,
-                             prediction="v", residual=True, text_layers=1, text_bytes=16,
-                             vae_widths=(32, 32), text_scale=2.0)
-# as above: with one channel per group a bias before a GroupNorm has rounding for a gradient; Adam scales it
-rdtf.PRESETS["micro64"] = dict(rdtf.PRESETS["micro"], widths=(64,))
-train.RECIPES["micro"] = dict(steps=6, batch_size=2, lr=1e-3, ema=0.9, warmup=2, schedule="cosine",
-                              vae_steps=4, vae_batch_size=2)
-train.RECIPES["micro64"] = train.RECIPES["micro"]
-train.sample_sheet = functools.partial(train.sample_sheet, steps=1)
-train.validation_batch = functools.partial(train.validation_batch, count=6)
+torch.optim.AdamW([torch.zeros(1)])                # its first use imports seconds' worth of torch: once
+SMALL = dict(size=32, widths=(32,), head_dim=8, context_dim=16, text_layers=1, text_bytes=16,
+             vae_widths=(32, 32), steps=1)
+rdtf.PRESETS["micro"] = rdtf.PRESETS["tiny"] | SMALL
+# with one channel per group a bias before a GroupNorm has rounding for a gradient; Adam scales it
+rdtf.PRESETS["micro64"] = rdtf.PRESETS["micro"] | dict(widths=(64,))
+rdtf.PRESETS["paperlike"] = SMALL                  # what `tiny` adds is off: eps, given frames in the loss
+for preset in ("micro", "micro64", "paperlike"):
+    train.RECIPES[preset] = dict(steps=6, batch_size=2, optimizer="adamw", lr=1e-3, ema=0.9, warmup=2,
+                                 schedule="cosine", noise_levels="normal", full=0.3, vae_steps=4,
+                                 vae_batch_size=2)
+train.validation_rows = functools.partial(train.validation_rows, count=6)
+sheet = train.sample_sheet
+train.sample_sheet = lambda loaded, stickers, items, *more, **kw: sheet(loaded, stickers, items[:1], *more, **kw)
 
 
-def main(argv, output=None, env=None, hook=None, *hook_args):
+def main(argv, output=None, env=None, hooks=()):
     if output:
         fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
     os.environ.update(env or {})
-    curriculum.WARMUP = 2                   # in this process only: the level moves within a few updates
-    if hook:
-        globals()[hook](*hook_args)
+    curriculum.WARMUP = 2                          # in this process only: the level moves soon
+    for name, *arguments in hooks:
+        globals()[name](*arguments)
     sys.argv = ["train.py", "--preset", "micro", "--device", "cpu", "--precision", "fp32", *argv]
     train.main()
 
@@ -54,6 +59,28 @@ def start(*rest):
     process = server.Process(target=main, args=rest)
     process.start()
     return process
+
+
+def before(name, action):
+    """action() runs before every call of a function of train.py."""
+    function = getattr(train, name)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        action()
+        return function(*args, **kwargs)
+    setattr(train, name, wrapped)
+
+
+def signal_at(number, name, call):
+    """The process sends itself a signal at the call-th call (from 0) of a function of train.py."""
+    left = [call]
+
+    def act():
+        left[0] -= 1
+        if left[0] == -1:
+            os.kill(os.getpid(), number)
+    before(name, act)
 
 
 def kill_in_save(number, where):
@@ -99,16 +126,45 @@ def nan_losses(first, last):
     rdtf.RDTF.forward = broken
 
 
-def signal_at(number, step):
-    """The process sends itself a signal when it draws its batch of an update."""
-    batch = train.MainStage.batch
+def eager_backend():
+    """--compile without a C++ compiler: Dynamo and AOT autograd, but no Inductor."""
+    compiled = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self: compiled(self, backend="aot_eager", fullgraph=True)
 
-    def signalling(self, raw, now):
-        if now == step:
-            os.kill(os.getpid(), number)
-        return batch(self, raw, now)
 
-    train.MainStage.batch = signalling
+def dump_latents(path):
+    """What this process trains on goes to PATH-RANK."""
+    encode = train.encode
+
+    def dumping(*args):
+        stickers = encode(*args)
+        torch.save([torch.from_numpy(x) for x in stickers.shards], f"{path}-{os.environ.get('RANK', 0)}")
+        return stickers
+    train.encode = dumping
+
+
+def checkpoint_must_go():
+    """At the first update nothing may hold the checkpoint that was loaded."""
+    class Watched(dict):
+        pass
+    load, seen = train.load_checkpoint, []
+
+    def watched(*args):
+        data = Watched(load(*args))
+        seen.append(weakref.ref(data))
+        return data
+
+    def gone():
+        gc.collect()
+        assert seen and not any(x() for x in seen), "a second copy of everything is kept"
+    train.load_checkpoint = watched
+    before("make_batch", gone)
+
+
+def seventh_task():
+    """One more row of the table of tasks, and nothing else."""
+    row = curriculum.Task(lambda n: [{0, n - 1}] * (n > 2), (0.5, 0.5), (0.9, 0.9))
+    curriculum.TASKS["between"] = row
 
 
 if __name__ == "__main__":

@@ -1,18 +1,30 @@
-"""Samplers against oracles that a wrong step list cannot satisfy, exact moments, and diffusers' schedulers.
+"""Samplers against an oracle that a wrong step list cannot satisfy, exact moments, and diffusers' schedulers.
 
-test_sampling_math.py holds the schedule, guidance and the loss. diffusers' DDIM is right where its
-previous step, t - 1000 // n, is the next entry of its own list: for n that divides 1000.
+diffusers' DDIM is right where its previous step, t - 1000 // n, is the next entry of its own list: for n that
+divides 1000. test_sampling_math.py holds the schedule, the loss and guidance.
 """
 
 import pytest
 import torch
 
-from rdtf import SAMPLERS, STEPS, alphas_cumprod, q_sample, sample, timesteps
+from rdtf import STEPS, alphas_cumprod, q_sample, sample, timesteps, to_y0
 
-torch.set_num_threads(1)
-COUNTS = (1, 2, 7, 13, 30, 50, 1000)
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                 timestep_spacing="trailing")
+ABAR = alphas_cumprod()
+
+
+def abar(t):
+    return ABAR[t].view(-1, 1, 1, 1, 1)
+
+
+def of_noise(eps):
+    """A network that puts out the noise -> denoise(y, t) -> y_0."""
+    return lambda y, t: to_y0(eps(y), y, abar(t), "eps")
+
+
+def wavy(y):
+    return 0.9 * torch.tanh(y)
 
 
 def pair(seed=0):
@@ -24,103 +36,84 @@ def test_every_n_gives_n_different_steps_from_999():
     for n in range(1, STEPS + 1):
         ts = timesteps(n)
         assert len(ts) == n and ts[0] == STEPS - 1 and ts[-1] >= 0 and all(a > b for a, b in zip(ts, ts[1:]))
+    with pytest.raises(ValueError, match="steps=0"):
+        timesteps(0)
+    with pytest.raises(ValueError, match="euler"):
+        sample(None, torch.zeros(1), sampler="euler")
 
 
-@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize("n", (1, 2, 7, 13, 30, 50, 1000))
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
-def test_the_state_stays_on_the_line_between_x0_and_noise(n, sampler):
-    """The oracle is told neither x nor t: it returns the one noise. One that reads the noise off x would hide
-    a wrong previous step, since its last prediction of x0 is right from any state."""
-    x0, noise = pair()
-    abar, ts, states = alphas_cumprod(), timesteps(n), []
-    start = q_sample(x0, noise, torch.tensor([STEPS - 1]), abar)
-    out = sample(lambda x, t: noise, start, n, sampler, eta=0.0, callback=lambda i, x: states.append(x))
-    for t, x in zip(ts[1:], states):
-        assert torch.allclose(x, q_sample(x0, noise, torch.tensor([t]), abar), atol=1e-3)
-    assert len(states) == n and torch.allclose(out, x0, atol=1e-3)
-
-
-@pytest.mark.parametrize("n", [1, 2, 50, 13, 30])
-def test_diffusers_ddim_meets_the_same_oracle_only_where_n_divides_1000(n):
-    diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=True)
-    peer.set_timesteps(n)
-    x0, noise = pair()
-    x = q_sample(x0, noise, torch.tensor([STEPS - 1]), alphas_cumprod())
-    for t in peer.timesteps:
-        x = peer.step(noise, t, x, eta=0.0).prev_sample
-    assert torch.allclose(x, x0, atol=1e-3) == (1000 % n == 0)
+def test_the_state_stays_on_the_line_between_y0_and_noise(n, sampler):
+    """The oracle always says the one noise, whatever y is. One that reads it off y would hide a wrong
+    previous step, since its last estimate of y_0 is right from any state."""
+    y0, noise = pair()
+    start, states, draws = q_sample(y0, noise, abar([STEPS - 1])), [], []
+    out = sample(of_noise(lambda y: noise), start, n, sampler, eta=0.0, noise=lambda: draws.append(1),
+                 callback=lambda i, y: states.append(y))
+    for t, y in zip(timesteps(n)[1:], states):
+        assert torch.allclose(y, q_sample(y0, noise, abar([t])), atol=1e-3)
+    assert len(states) == n and torch.allclose(out, y0, atol=1e-3) and not draws
 
 
 def moments(sampler, n, eta, mu, s):
-    """Exact mean and std of a sampler's result for data N(mu, s^2) and the true E[noise | x_t]: all is
-    linear, so each source of noise has a row of its own in which it is 1 and all others are 0. The start is
-    the marginal of the data at step 999; the usual N(0, 1) lacks sqrt(abar_999) mu = 0.068 mu."""
-    abar, draws = alphas_cumprod().double(), []
+    """Exact mean and std of a sampler's result for data N(mu, s^2) and the true E[y_0 | y_t]: all is linear,
+    so each source of noise has a row of its own in which it is 1 and all others are 0. The start is the
+    marginal of the data at step 999; the usual N(0, 1) lacks sqrt(abar_999) mu = 0.068 mu."""
+    draws = []
 
-    def eps(x, t):
-        a = abar[t].view(-1, 1, 1, 1, 1)
-        return (1 - a).sqrt() * (x - a.sqrt() * mu) / (a * s * s + 1 - a)
+    def denoise(y, t):
+        a = abar(t).double()
+        return mu + a.sqrt() * s * s / (a * s * s + 1 - a) * (y - a.sqrt() * mu)
 
     def noise():
         row = torch.zeros(n + 2, 1, 1, 1, 1)
         row[2 + len(draws)] = 1
         draws.append(row)
         return row
-    a = abar[-1].item()
-    x = torch.full((n + 2, 1, 1, 1, 1), a ** 0.5 * mu)                      # row 0: the mean
-    x[1] += (a * s * s + 1 - a) ** 0.5                                      # row 1: the start
-    out = sample(eps, x, n, sampler, eta, noise).double().flatten()
+    a = ABAR[-1].item()
+    y = torch.full((n + 2, 1, 1, 1, 1), a ** 0.5 * mu)                      # row 0: the mean
+    y[1] += (a * s * s + 1 - a) ** 0.5                                      # row 1: the start
+    out = sample(denoise, y, n, sampler, eta, noise).double().flatten()
     return out[0].item(), (out[1:] - out[0]).square().sum().sqrt().item()
 
 
 # largest relative error of the std: what few steps cost (measured, rounded up). The mean is exact.
-MOMENTS = [("ddim", 0.0, 7, 0.37), ("ddim", 0.0, 13, 0.24), ("ddim", 0.0, 30, 0.13),
-           ("ddim", 0.0, 50, 0.09), ("ddim", 0.0, 1000, 0.01), ("ddim", 0.5, 1000, 0.01),
-           ("ddim", 1.0, 50, 0.13), ("ddim", 1.0, 1000, 0.02), ("ddpm", 1.0, 50, 0.13),
-           ("ddpm", 1.0, 1000, 0.02), ("dpm", 0.0, 7, 0.34), ("dpm", 0.0, 20, 0.13),
-           ("dpm", 0.0, 50, 0.05), ("dpm", 0.0, 1000, 0.003)]
-
-
-@pytest.mark.parametrize("sampler,eta,n,tolerance", MOMENTS)
+@pytest.mark.parametrize("sampler, eta, n, tolerance", [
+    ("ddim", 0.0, 7, 0.37), ("ddim", 0.0, 50, 0.09), ("ddim", 0.0, 1000, 0.01), ("ddim", 0.5, 1000, 0.01),
+    ("ddim", 1.0, 50, 0.13), ("ddim", 1.0, 1000, 0.02), ("dpm", 0.0, 7, 0.34), ("dpm", 0.0, 50, 0.05),
+    ("dpm", 0.0, 1000, 0.003)])
 def test_a_gaussian_keeps_its_mean_and_deviation(sampler, eta, n, tolerance):
     mu, s = 1.5, 0.4
     mean, std = moments(sampler, n, eta, mu, s)
     assert abs(mean - mu) / s < 1e-3 and abs(std - s) / s < tolerance, (mean, std)
 
 
-@pytest.mark.parametrize("n", [1, 2, 10, 50, 1000])
-def test_ddpm_equals_diffusers_step_for_step(n):
-    diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DDPMScheduler(**SCHEDULE, clip_sample=False, variance_type="fixed_small")
+def compare(peer, n, sampler, our_eta=0.0, **how):
+    """Our sampler and a scheduler of diffusers, step for step, with the same network and the same noise."""
     peer.set_timesteps(n)
     assert peer.timesteps.tolist() == timesteps(n)
-    x, states = pair(1)[1], []
-    gen = torch.Generator().manual_seed(2)
-    sample(lambda x, t: 0.9 * torch.tanh(x), x, n, "ddpm", noise=lambda: torch.randn(x.shape, generator=gen),
+    y, states, gen = pair(1)[1], [], torch.Generator().manual_seed(2)
+    sample(of_noise(wavy), y, n, sampler, our_eta, noise=lambda: torch.randn(y.shape, generator=gen),
            callback=lambda i, x: states.append(x))
     gen = torch.Generator().manual_seed(2)
-    for t, state in zip(peer.timesteps, states):
-        x = peer.step(0.9 * torch.tanh(x), t, x, generator=gen).prev_sample
-        assert torch.allclose(state, x, atol=2e-3, rtol=1e-3)
+    for t, state in zip(peer.timesteps, states, strict=True):
+        y = peer.step(wavy(y), t, y, generator=gen, **how).prev_sample
+        assert torch.allclose(state, y, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 50, 1000])
+def test_ddim_equals_diffusers_step_for_step(n):
+    """With eta 1 it is ancestral sampling, too: DDPMScheduler with the small variance."""
+    diffusers = pytest.importorskip("diffusers")
+    for eta in (0.0, 0.6, 1.0):
+        compare(diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=True), n, "ddim", eta,
+                eta=eta)
+    ddpm = diffusers.DDPMScheduler(**SCHEDULE, clip_sample=False, variance_type="fixed_small")
+    compare(ddpm, n, "ddim", 1.0)
 
 
 @pytest.mark.parametrize("n", [2, 20, 50])
 def test_dpm_solver_equals_diffusers_step_for_step(n):
     diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DPMSolverMultistepScheduler(**SCHEDULE, final_sigmas_type="zero")
-    peer.set_timesteps(n)
-    assert peer.timesteps.tolist() == timesteps(n)
-    x, states = pair(1)[1], []
-    sample(lambda x, t: 0.9 * torch.tanh(x), x, n, "dpm", callback=lambda i, x: states.append(x))
-    for t, state in zip(peer.timesteps, states):
-        x = peer.step(0.9 * torch.tanh(x), t, x).prev_sample
-        assert torch.allclose(state, x, atol=2e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_only_samplers_that_need_noise_ask_for_it(sampler):
-    draws = []
-    sample(lambda x, t: x, torch.zeros(1, 1, 1, 1, 1), 5, sampler, eta=0.0,
-           noise=lambda: draws.append(1) or torch.zeros(1, 1, 1, 1, 1))
-    assert len(draws) == (4 if sampler == "ddpm" else 0)                    # the last step adds none
+    compare(diffusers.DPMSolverMultistepScheduler(**SCHEDULE, final_sigmas_type="zero"), n, "dpm")

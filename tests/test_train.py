@@ -1,55 +1,71 @@
-"""Claims about the training loop: exact, restartable, watchable. Runs are real ones, of a preset "micro"."""
+"""Claims about the training loop: exact, restartable, watchable. Runs are real ones, of small presets."""
 
 import ast
 import json
 import os
-import random
-import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import run_micro
 import train
 from curriculum import TASKS, Curriculum
-from data import DataError, Stickers
+from data import DataError, Stickers, make_meta, open_stickers, open_store, write_store
 
-DETERMINISTIC = ("step", "model", "ema", "optimizer", "curriculum", "window", "vae", "vae_id", "config",
-                 "fingerprint")
+DETERMINISTIC = ("step", "model", "ema", "optimizers", "curriculum", "vae", "vae_id", "config", "fingerprint")
 RUN = ("--log-every", "3", "--eval-every", "4")
-JOINT = ("--preset", "micro64", "--steps", 10, "--lr", 1e-4, *RUN)
+JOINT = ("--preset", "micro64", "--steps", 6, "--lr", 1e-4, *RUN)
+
+
+def save_store(stickers, out):
+    parts = stickers.shards[0], np.array(stickers.index), np.array(stickers.text), []
+    return write_store(out, make_meta(32, 8), str(out), 1, lambda i, seen: parts, lambda left_out: None)
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     """Clips of 1 to 8 frames; some stickers are held out."""
-    stickers = Stickers.synthetic(24, 32)
+    stickers = open_stickers("synthetic:24", 32)
     still = int(stickers.select("train")[2])
     stickers.index["count"][still] = 1
     stickers.index["keys"][still], stickers.index["keys"][still, :, 0] = -1, 0
     folder = tmp_path_factory.mktemp("data") / "store"
-    stickers.save(folder)
+    save_store(stickers, folder)
     return folder
 
 
-def go(out, store, *flags, env=None, hook=(), code=0):
+def begin(out, data, flags, env=None, hooks=()):
+    data = [str(data)] if isinstance(data, (str, Path)) else list(map(str, data))
+    flags = ["--data", *data, "--out", str(out), *map(str, flags)]
+    return run_micro.start(flags, f"{out}.txt", env, hooks)
+
+
+def go(out, data, *flags, hooks=(), code=0):
     """A run to its end -> what it printed."""
-    text = Path(f"{out}.txt")
-    flags = ["--data", str(store), "--out", str(out), *map(str, flags)]
-    process = run_micro.start(flags, str(text), env, *hook)
+    process = begin(out, data, flags, None, hooks)
     process.join()
-    printed = text.read_text()
+    printed = Path(f"{out}.txt").read_text()
     assert process.exitcode == code, printed
     return printed
+
+
+def ranks(out, data, *flags, hooks=((), ())):
+    """Two gloo processes, as torchrun starts them; hooks of each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both = [begin(out, data, flags, env | {"RANK": str(r), "LOCAL_RANK": str(r)}, hooks[r]) for r in (0, 1)]
+    for p in both:
+        p.join()
+    assert [p.exitcode for p in both] == [0, 0], Path(f"{out}.txt").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +83,14 @@ def plain(store, vae, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def joint(store, vae, tmp_path_factory):
+    """One process, batch 4, fp32."""
+    out = tmp_path_factory.mktemp("joint") / "run"
+    go(out, store, "--vae", vae, "--batch-size", 4, *JOINT)
+    return out
+
+
 def load(path):
     return torch.load(path, weights_only=True)
 
@@ -80,8 +104,8 @@ def flatten(x, name=""):
 
 
 def difference(a, b):
-    """Names of what differs between two checkpoints, bit for bit."""
-    a, b = (flatten({k: v for k, v in x.items() if k in DETERMINISTIC}) for x in (a, b))
+    """Names of what differs between two checkpoint files, bit for bit."""
+    a, b = (flatten({k: v for k, v in load(x).items() if k in DETERMINISTIC}) for x in (a, b))
     assert len(a) > 100
 
     def same(x, y):
@@ -90,9 +114,9 @@ def difference(a, b):
     return sorted(set(a) ^ set(b)) + [k for k in a.keys() & b.keys() if not same(a[k], b[k])]
 
 
-def log_of(out):
-    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in x.items() if k != "time"} for x in lines]
+def log_of(out, *stages):
+    lines = train.read_log(out / "log.jsonl")
+    return [{k: v for k, v in x.items() if k != "time"} for (stage, _), x in lines.items() if stage in stages]
 
 
 def largest(a, b):
@@ -100,30 +124,12 @@ def largest(a, b):
     return max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"])
 
 
-def ranks(out, store, *flags, hook=()):
-    """Two gloo processes, as torchrun starts them; the hook is for the second."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    flags = ["--data", str(store), "--out", str(out), *map(str, flags)]
-    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    hooks = {"0": (), "1": hook}
-    both = [run_micro.start(flags, f"{out}.txt", env | {"RANK": r, "LOCAL_RANK": r}, *hooks[r]) for r in "01"]
-    for p in both:
-        p.join()
-    return [p.exitcode for p in both]
+def losses_of(out):
+    return np.array(load(out / "last.pt")["curriculum"]["losses"])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Exact
-
-
-@pytest.fixture(scope="session")
-def joint(store, vae, tmp_path_factory):
-    """One process, batch 4."""
-    out = tmp_path_factory.mktemp("joint") / "run"
-    go(out, store, "--vae", vae, "--batch-size", 4, *JOINT)
-    return out
 
 
 def close(a, b):
@@ -131,187 +137,176 @@ def close(a, b):
     a, b = (flatten(x) for x in (a, b))
     assert a.keys() == b.keys() and len(a) > 20
     for k, v in a.items():
-        assert v == (b[k] if isinstance(v, str) else pytest.approx(b[k], rel=1e-4, abs=1e-6)), k
+        assert v == (b[k] if isinstance(v, str) else pytest.approx(b[k], rel=1e-4, abs=1e-5)), k
 
 
-def test_two_processes_equal_one_with_the_joint_batch(store, vae, joint, tmp_path):
-    out = tmp_path / "run"
-    assert ranks(out, store, "--vae", vae, "--batch-size", 2, *JOINT) == [0, 0]
-    a, b = load(joint / "last.pt"), load(out / "last.pt")
+def test_two_processes_and_accumulation_equal_one_with_the_joint_batch(store, vae, joint, tmp_path):
+    """Also the logged means over ranks, the curriculum's losses, and the latents that each half encodes."""
+    dump = [[("dump_latents", str(tmp_path / "z"))]] * 2
+    ranks(tmp_path / "run", store, "--vae", vae, "--batch-size", 1, "--accumulation", 2, *JOINT, hooks=dump)
+    a, b = load(joint / "last.pt"), load(tmp_path / "run" / "last.pt")
     assert largest(a, b) < 1e-6
     assert largest(a, {"model": a["model"] | a["ema"]}) > 1e-5              # the weights did move
-    # also: what is logged is a mean over ranks, and the curriculum saw the same losses
-    close(log_of(joint), log_of(out))
+    close(log_of(joint, "main", "eval"), log_of(tmp_path / "run", "main", "eval"))
     assert np.allclose(a["curriculum"]["losses"], b["curriculum"]["losses"], rtol=1e-5)
-    stickers = Stickers.open(store)
-    clips = train.Clips(stickers, stickers.select("train"), 0, 8)
-    lengths = {clips[g][1] for g in range(40)}                              # what the 10 updates have seen
+    expected = open_store(store).encode(train.load_vae(vae)).shards
+    for rank in (0, 1):
+        assert all(np.array_equal(x, y) for x, y in zip(expected, load(tmp_path / f"z-{rank}"), strict=True))
+    stickers = open_store(store)
+    order = train.Order([stickers.select("train")], [1.0], 0)
+    args = Namespace(seed=0, full=0.3, min_frames=1)
+    lengths = {train.draw_row(stickers, order, g, args)[1] for g in range(24)}      # what was trained on
     assert len(lengths) > 3 and 1 in lengths
+
+
+def test_two_processes_in_bf16_compiled_and_checkpointed_train_alike(store, vae, joint, tmp_path):
+    """Nothing but rounding may differ from fp32 in one process."""
+    flags = ("--vae", vae, "--batch-size", 2, *JOINT, "--precision", "bf16", "--compile", "--checkpointing")
+    ranks(tmp_path / "run", store, *flags, hooks=[[("eager_backend",)]] * 2)
+    assert np.allclose(losses_of(joint), losses_of(tmp_path / "run"), rtol=0.03)
+    a, b = load(joint / "last.pt"), load(tmp_path / "run" / "last.pt")
+    assert a["model"].keys() == b["model"].keys() and 0 < largest(a, b) < 20e-4      # 6 updates of about lr
+    assert all(x.dtype == torch.float32 for x in [*b["model"].values(), *b["ema"].values()])
 
 
 def test_accumulation_equals_one_large_batch(store, vae, joint, tmp_path):
     go(tmp_path / "run", store, "--vae", vae, "--batch-size", 1, "--accumulation", 4, *JOINT)
     assert largest(load(joint / "last.pt"), load(tmp_path / "run" / "last.pt")) < 1e-6
-    close(log_of(joint), log_of(tmp_path / "run"))
+    close(log_of(joint, "main", "eval"), log_of(tmp_path / "run", "main", "eval"))
 
 
 def test_stopped_and_resumed_equals_undisturbed_bitwise(store, vae, plain, tmp_path):
-    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 10, *RUN)
-    printed = go(out, store, *flags, "--max-updates", 5)                    # 5: in the middle of a log window
+    """And sample sheets, evaluation and numbered checkpoints within change nothing."""
+    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 10, "--log-every", 3, "--eval-every", 2)
+    flags += "--sample-every", 4, "--keep-every", 4
+    printed = go(out, store, *flags, "--max-updates", 5)
     assert "same command" in printed and load(out / "last.pt")["step"] == 5
-    go(out, store, *flags)
-    assert not difference(load(plain / "last.pt"), load(out / "last.pt"))
-    assert log_of(plain) == log_of(out)
+    go(out, store, *flags, hooks=[("checkpoint_must_go",)])
+    assert not difference(plain / "last.pt", out / "last.pt")
+    assert log_of(plain, "eval") == [x for x in log_of(out, "eval") if x["step"] in (4, 8, 10)]
+    assert all((out / x).exists() for x in ("samples-0000004.png", "samples-0000008.webp", "last-0000008.pt"))
 
 
-def test_workers_change_nothing(store, vae, plain, tmp_path):
-    go(tmp_path / "run", store, "--vae", vae, "--steps", 10, *RUN, "--workers", 2)
-    assert not difference(load(plain / "last.pt"), load(tmp_path / "run" / "last.pt"))
-
-
-def test_larger_pictures_are_shrunk_or_cut_for_the_autoencoder():
-    stickers = Stickers.synthetic(4, 32)
-    whole, small = train.Pictures(stickers, [0], 0, 32), train.Pictures(stickers, [0], 0, 16)
-    frames = torch.from_numpy(stickers.frames[:int(stickers.index["count"][0])]).float() / 255
-    kinds = {"shrunk": 0, "cut": 0}
-    for g in range(40):
-        (x, _), (y, _) = whole[g], small[g]
-        assert x.shape == (4, 32, 32) and y.shape == (4, 16, 16)
-        sources = torch.cat([frames, frames.flip(-1)])
-        assert (sources == x).flatten(1).all(1).any()
-        shrunk = (F.interpolate(sources, 16, mode="area") - y).flatten(1).abs().amax(1).min() < 1e-6
-        tiles = sources.unfold(2, 16, 1).unfold(3, 16, 1).permute(0, 2, 3, 1, 4, 5)     # n 17 17 4 16 16
-        cut = (tiles == y).flatten(3).all(3).any()
-        assert shrunk or cut
-        kinds["shrunk" if shrunk else "cut"] += 1
-    assert min(kinds.values()) >= 10
-
-
-def test_samples_and_evaluation_within_change_nothing(store, vae, plain, tmp_path):
-    """Sampling restores train mode, weights and random state."""
-    flags = ("--vae", vae, "--steps", 10, "--log-every", 3, "--eval-every", 1, "--sample-every", 2)
-    go(tmp_path / "run", store, *flags)
-    assert not difference(load(plain / "last.pt"), load(tmp_path / "run" / "last.pt"))
-    assert (tmp_path / "run" / "samples-0000004.png").exists()
+def test_two_processes_with_muon_on_two_sets_resume_bitwise(store, vae, tmp_path):
+    """Both stages; the paper's kind of network; one process makes the same run but for rounding."""
+    flags = ("--preset", "paperlike", "--optimizer", "muon", "--steps", 4, "--batch-size", 1, "--vae",
+             "train", "--vae-steps", 2)
+    data, a, b, c = [f"{store}:0.7", "synthetic:9"], tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    ranks(a, data, *flags)
+    ranks(b, data, *flags, "--max-updates", 2)
+    ranks(b, data, *flags)
+    assert not difference(a / "last.pt", b / "last.pt")
+    go(c, data, *flags[:-4], "--vae", a / "vae.pt", "--batch-size", 2)
+    assert np.allclose(losses_of(a), losses_of(c), rtol=0.02)
 
 
 def test_held_out_stickers_are_never_trained_on(store, tmp_path):
     """Both stages give the same weights whatever the held-out stickers look like."""
-    stickers, flags = Stickers.open(store), ("--steps", 4, "--vae-steps", 2, "--eval-every", 0)
-    frames = np.array(stickers.frames)
-    held = stickers.select("held_out")
+    stickers, flags = open_store(store), ("--steps", 3, "--vae", "train", "--vae-steps", 2, "--eval-every", 0)
+    frames, held = np.array(stickers.shards[0]), stickers.select("held_out")
     assert len(held)
     for i in held:
         entry = stickers.index[i]
         frames[entry["offset"]:entry["offset"] + entry["count"]] = 7
-    Stickers(frames, np.array(stickers.index), bytes(stickers.text), stickers.meta).save(tmp_path / "other")
+    save_store(Stickers([frames], stickers.index, stickers.text, stickers.meta), tmp_path / "other")
     go(tmp_path / "a", store, *flags)
     go(tmp_path / "b", tmp_path / "other", *flags)
     for file in ("vae.pt", "last.pt"):
-        assert not difference(load(tmp_path / "a" / file), load(tmp_path / "b" / file))
+        assert not difference(tmp_path / "a" / file, tmp_path / "b" / file)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Restartable
 
 
-def test_killed_twenty_times_it_ends_as_undisturbed(store, tmp_path):
-    """SIGKILL at random moments and within saves, in both stages; the same command ends at the same bits."""
-    flags = ("--steps", 5, "--vae-steps", 3, "--save-every", 1, "--log-every", 2, "--eval-every", 2)
-    began = time.monotonic()
+def test_killed_in_saves_it_ends_as_undisturbed(store, tmp_path):
+    """SIGKILL within saves, in both stages; the same command ends at the same bits."""
+    flags = ("--steps", 4, "--vae", "train", "--vae-steps", 3, "--save-every", 1, "--eval-every", 4)
     go(tmp_path / "calm", store, *flags)
-    calm = time.monotonic() - began
-    rng, kills, round_ = random.Random(0), 0, 0
-    in_save = [(n, where) for n in (1, 2) for where in ("half", "written", "renamed")]
-    while kills < 20:
-        out = tmp_path / f"killed{round_}"
-        round_ += 1
-        while True:
-            hook = ("kill_in_save", *in_save.pop()) if in_save else ()
-            argv = ["--data", str(store), "--out", str(out), *map(str, flags)]
-            process = run_micro.start(argv, f"{out}.txt", None, *hook)
-            process.join(None if hook or kills >= 20 else rng.uniform(0.02, 0.9) * calm)
-            process.kill()                                                  # nothing, if it is done
-            process.join()
-            if process.exitcode == 0:
-                break
-            assert process.exitcode == -signal.SIGKILL, Path(f"{out}.txt").read_text()
-            kills += 1
-            for file in ("vae.pt", "last.pt"):                              # never half a checkpoint
-                if (out / file).exists():
-                    load(out / file)
-        for file in ("vae.pt", "last.pt"):
-            assert not difference(load(tmp_path / "calm" / file), load(out / file))
-        assert log_of(out) == log_of(tmp_path / "calm")
-
-
-def test_sigterm_saves_and_exits_cleanly(store, vae, plain, tmp_path):
-    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 10, *RUN)
-    printed = go(out, store, *flags, hook=("signal_at", int(signal.SIGTERM), 4))
-    assert "stopping after this update" in printed and 5 <= load(out / "last.pt")["step"] <= 6
+    out = tmp_path / "killed"
+    for place in ((1, "half"), (2, "written"), (2, "renamed"), (1, "written"), (2, "half"), (1, "renamed")):
+        process = begin(out, store, flags, None, [("kill_in_save", *place)])
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, Path(f"{out}.txt").read_text()
+        for file in out.glob("*.pt"):                                       # never half a checkpoint
+            load(file)
+    assert (out / "last.pt").exists()
     go(out, store, *flags)
-    assert not difference(load(plain / "last.pt"), load(out / "last.pt"))
-    assert log_of(plain) == log_of(out)
+    for file in ("vae.pt", "last.pt"):
+        assert not difference(tmp_path / "calm" / file, out / file)
+    assert log_of(out, "eval") == log_of(tmp_path / "calm", "eval")
+    assert not list(out.glob("*.tmp"))
 
 
-def test_processes_agree_on_stopping(store, vae, plain, tmp_path):
-    """A signal to one of them stops both at the same update."""
-    flags = ("--vae", vae, "--steps", 8, "--batch-size", 1)
-    assert ranks(tmp_path / "run", store, *flags, hook=("signal_at", int(signal.SIGTERM), 2)) == [0, 0]
-    assert 3 <= load(tmp_path / "run" / "last.pt")["step"] <= 4
-    assert [x.name for x in (tmp_path / "run").glob("*.pt*")] == ["last.pt"]
+def test_a_signal_saves_and_ends_both_processes_at_the_same_update(store, vae, plain, tmp_path):
+    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 10, "--batch-size", 1)
+    ranks(out, store, *flags, hooks=[(), [("signal_at", int(signal.SIGTERM), "make_batch", 4)]])
+    assert "stopping after this update" in Path(f"{out}.txt").read_text()
+    assert load(out / "last.pt")["step"] == 5
+    assert [x.name for x in out.glob("*.pt*")] == ["last.pt"]
+    go(tmp_path / "one", store, "--vae", vae, "--steps", 10, *RUN,
+       hooks=[("signal_at", int(signal.SIGINT), "make_batch", 4)])
+    go(tmp_path / "one", store, "--vae", vae, "--steps", 10, *RUN)
+    assert not difference(plain / "last.pt", tmp_path / "one" / "last.pt")
+
+
+def test_a_signal_stops_the_autoencoder_and_outside_the_loops_it_ends_at_once(store, vae, tmp_path):
+    flags = ("--stage", "vae", "--vae-steps", 4)
+    go(tmp_path / "run", store, *flags, hooks=[("signal_at", int(signal.SIGTERM), "vae_losses", 1)])
+    assert load(tmp_path / "run" / "vae.pt")["step"] == 2
+    for name in ("open_data", "encode"):                                    # data are decoded, encoded
+        hooks = [("signal_at", int(signal.SIGTERM), name, 0)]
+        process = begin(tmp_path / name, store, ("--vae", vae), None, hooks)
+        process.join()
+        assert process.exitcode == -signal.SIGTERM
+    hooks = [("signal_at", int(signal.SIGINT), "encode", 0)]
+    printed = go(tmp_path / "c", store, "--vae", vae, hooks=hooks, code=130)
+    assert "stopped at once" in printed and "Traceback" not in printed
 
 
 def test_a_second_ctrl_c_stops_at_once(capfd):
-    old = train.STOP["since"]
-    try:
-        train.STOP["since"] = 0.0
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), train.stop_on_signals():
         train.on_signal(signal.SIGINT, None)
-        train.on_signal(signal.SIGINT, None)                              # torchrun passes the same Ctrl-C on
+        train.on_signal(signal.SIGINT, None)                                # torchrun repeats it
         train.STOP["since"] -= 5
         train.on_signal(signal.SIGTERM, None)
-        with pytest.raises(KeyboardInterrupt):
-            train.on_signal(signal.SIGINT, None)
-    finally:
-        train.STOP["since"] = old
-    assert capfd.readouterr().err.count("stopping") == 1
+        assert signal.getsignal(signal.SIGINT) is train.on_signal
+        train.on_signal(signal.SIGINT, None)
+    assert capfd.readouterr().err.count("stopping") == 1 and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_leaves_the_old_checkpoint(store, vae, tmp_path):
-    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 6)
+    out, flags = tmp_path / "run", ("--vae", vae, "--steps", 4)
     go(out, store, *flags, "--max-updates", 2)
     before = (out / "last.pt").read_bytes()
-    (out / "last.pt.tmp").symlink_to("/dev/full")                       # every write: no space left on device
+    (out / "last.pt.tmp").symlink_to("/dev/full")                           # no space left on device
     printed = go(out, store, *flags, code=2).splitlines()
     assert "last.pt: cannot be written" in printed[-1] and "No space left" in printed[-1]
-    assert not any("Traceback" in x for x in printed)
-    assert (out / "last.pt").read_bytes() == before
-    go(out, store, *flags)
-    assert load(out / "last.pt")["step"] == 6
+    assert not any("Traceback" in x for x in printed) and (out / "last.pt").read_bytes() == before
 
 
-def test_a_finished_run_says_so_and_is_left_alone(store, vae, plain):
-    before = (plain / "last.pt").read_bytes(), (plain / "log.jsonl").read_bytes()
+def test_a_finished_run_has_everything_says_so_and_is_left_alone(store, vae, plain):
+    files = {x.name for x in plain.iterdir()}
+    assert {"last.pt", "log.jsonl", "samples.png", "samples.webp", "loss.png"} <= files
+    assert {f"{task}.webp" for task in TASKS} <= files and not any(x.endswith(".tmp") for x in files)
+    kept = (plain / "last.pt").read_bytes(), (plain / "log.jsonl").read_bytes()
     printed = go(plain, store, "--vae", vae, "--steps", 10, *RUN)
     assert "already" in printed and "python sample.py --ckpt" in printed
-    assert before == ((plain / "last.pt").read_bytes(), (plain / "log.jsonl").read_bytes())
+    assert kept == ((plain / "last.pt").read_bytes(), (plain / "log.jsonl").read_bytes())
 
 
-def test_a_finished_run_has_everything(plain):
-    files = {x.name for x in plain.iterdir()}
-    assert {"last.pt", "log.jsonl", "samples.png", "loss.png"} <= files
-    assert {"t2v.webp", "it2v.webp", "predict_post.webp", "interpolate.webp"} <= files
-    assert not any(x.endswith(".tmp") for x in files)
-
-
-def test_a_log_has_one_line_per_update_and_kind_and_is_json(plain):
-    lines = log_of(plain)
-    assert [x["step"] for x in lines if x["stage"] == "main"] == [3, 6, 9, 10]
-    assert [x["step"] for x in lines if x["stage"] == "eval"] == [4, 8, 10]
-    history = load(plain / "last.pt")["curriculum"]["losses"]
-    for line, first in zip([x for x in lines if x["stage"] == "main"], (0, 3, 6, 9)):
+def test_the_log_holds_means_shares_of_time_and_ev(plain):
+    lines, history = log_of(plain, "main", "eval"), losses_of(plain)
+    train_lines, held = ([x for x in lines if x["stage"] == stage] for stage in ("main", "eval"))
+    assert [x["step"] for x in train_lines] == [3, 6, 9, 10] and [x["step"] for x in held] == [4, 8, 10]
+    for line, first in zip(train_lines, (0, 3, 6, 9)):
         assert line["loss"] == pytest.approx(np.mean(history[first:first + 3]))
+        assert sum(line["mix"].values()) == pytest.approx(1, abs=1e-3)
+    for line in held:
+        assert set(TASKS) <= set(line) and set(line["ev"]) == set(TASKS) - {"t2v"}
+        assert line["loss"] == pytest.approx(np.mean([line[t] for t in TASKS]))
     for text in (plain / "log.jsonl").read_text().splitlines():
         spent = json.loads(text).get("time")
         if spent:                                                           # two clips per update
@@ -320,14 +315,104 @@ def test_a_log_has_one_line_per_update_and_kind_and_is_json(plain):
             assert count == pytest.approx(2 * (3 if json.loads(text)["step"] < 10 else 1), rel=0.05)
 
 
-def test_trim_log(tmp_path):
+def test_of_a_step_the_last_line_counts_and_broken_lines_none(tmp_path):
     path = tmp_path / "log.jsonl"
-    lines = [dict(step=s, stage=x) for s, x in ((9, "vae"), (2, "main"), (3, "main"), (3, "eval"))]
-    path.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 4, "sta')
-    train.trim_log(path, "main", 2)
-    assert [json.loads(x) for x in path.read_text().splitlines()] == lines[:2]
-    train.trim_log(path, "vae", 4)
-    assert [json.loads(x) for x in path.read_text().splitlines()] == lines[1:2]
+    train.write_line(path, {"step": 1, "stage": "main", "loss": float("nan")})
+    train.write_line(path, {"step": 2, "stage": "main", "loss": 1.0})
+    with open(path, "a") as f:
+        f.write('{"step": 3, "sta\n[1]\n')
+    train.write_line(path, {"step": 2, "stage": "main", "loss": 2.0})
+    assert [x["loss"] for x in train.read_log(path).values()] == [None, 2.0]
+    train.plot_log(path, tmp_path / "loss.png")                             # whatever is in it
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Changed flags, other sets, other tasks
+
+
+def test_averaged_weights_begin_as_the_loaded_ones(store, vae, plain, tmp_path):
+    """--ema after --ema 0; other flags change on the way, too, and the flag of weight decay counts."""
+    out = tmp_path / "run"
+    go(out, store, "--vae", vae, "--steps", 4, "--ema", 0, "--lr", 0.02)
+    assert load(out / "last.pt")["ema"] == {}
+    changed = ("--ema", 0.5, "--tasks", "t2v,interpolate", "--batch-size", 1, "--accumulation", 2,
+               "--weight-decay", 0.5, "--min-frames", 2, "--curriculum", "linear")
+    go(out, [store, "synthetic:5:0.2"], "--vae", vae, "--steps", 6, "--lr", 1e-3, *changed)
+    data, params = load(out / "last.pt"), [0.0, 0.0]
+    torch.manual_seed(0)
+    start = dict(train.RDTF(train.Config(**data["config"])).named_parameters())
+    for name, x in data["ema"].items():
+        params[0] = max(params[0], float((x - data["model"][name]).abs().max()))
+        params[1] = max(params[1], float((x - start[name].detach()).abs().max()))
+    assert params[0] < 0.003 < 0.02 < params[1]                             # near the weights, not the start
+    assert {g["weight_decay"] for o in data["optimizers"] for g in o["param_groups"]} == {0.5}
+    assert len(data["curriculum"]["losses"]) == 6 and "the data changed" in Path(f"{out}.txt").read_text()
+
+
+def test_a_task_is_one_row_of_the_table(store, vae, tmp_path):
+    """A seventh row trains, is evaluated, sampled and plotted, with no other change."""
+    out = tmp_path / "run"
+    go(out, store, "--vae", vae, "--steps", 4, "--log-every", 1, "--eval-every", 2, hooks=[("seventh_task",)])
+    assert all("between" in x and "between" in x["ev"] for x in log_of(out, "eval"))
+    assert all("between" in x["mix"] for x in log_of(out, "main")) and (out / "between.webp").exists()
+    drawn = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(TASKS, "between", TASKS["t2v"])
+        m.setattr(train.ImageDraw.ImageDraw, "text", lambda self, xy, text, *more: drawn.append(text))
+        train.plot_log(out / "log.jsonl", tmp_path / "loss.png")
+    assert drawn.count("between") == 2 and drawn.count("interpolate") == 2
+
+
+@pytest.mark.parametrize("tasks", ["interpolate,predict_pre", "i2v"])
+def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path, tasks):
+    """With i2v alone a still would have nothing to make: it is left out."""
+    out = tmp_path / "run"
+    go(out, store, "--vae", vae, "--tasks", tasks, "--steps", 4, "--batch-size", 6, "--log-every", 1)
+    for line in log_of(out, "main", "eval"):
+        named = set(line) | set(line.get("mix", {})) | set(line.get("groups", {}))
+        assert named & set(TASKS) <= set(tasks.split(","))
+    assert {x.stem for x in out.glob("*.webp")} == {"samples", *tasks.split(",")}
+
+
+def test_every_set_has_its_share_and_every_sticker_its_turn():
+    groups = [np.arange(5), np.arange(5, 12), np.arange(12, 15)]
+    order = train.Order(groups, [0.3, 0.69995, 0.00005], 7)
+    seen = [order[g] for g in range(30_000)]
+    sizes = [sum(i in set(group) for i in seen) for group in groups]
+    assert sizes == [9000, 20970, 30]                                       # 0.00005 becomes 1 of 1000
+    for group in groups:                                                    # once per epoch of its set
+        own = np.array([i for i in seen if i in set(group)])
+        for epoch in own[:len(own) // len(group) * len(group)].reshape(-1, len(group)):
+            assert sorted(epoch) == sorted(group)
+    assert seen[:500] == [train.Order(groups, [0.3, 0.69995, 0.00005], 7)[g] for g in range(500)]
+    assert seen[:500] != [train.Order(groups, [0.3, 0.69995, 0.00005], 8)[g] for g in range(500)]
+    one = [g for m in (14, 15) for g in train.indices(m, 6, Namespace(world=1, rank=0))]
+    two = [g for m in (14, 15) for r in (0, 1) for g in train.indices(m, 3, Namespace(world=2, rank=r))]
+    assert one == two == list(range(84, 96))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Divergence
+
+
+def test_non_finite_losses_stop_the_run_with_advice(store, vae, tmp_path):
+    flags = ("--vae", vae, "--steps", 9, "--patience", 3, "--save-every", 1, "--log-every", 1)
+    out = tmp_path / "run"
+    printed = go(out, store, *flags, hooks=[("nan_losses", 4, 99)], code=2)
+    assert "--lr" in printed.splitlines()[-1] and "last 3 updates" in printed.splitlines()[-1]
+    data = load(out / "last.pt")
+    assert data["step"] == 4 and all(torch.isfinite(x).all() for x in data["model"].values())
+    assert any(x["loss"] is None for x in log_of(out, "main"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_non_finite_losses_do_no_harm(store, vae, tmp_path, optimizer):
+    flags = ("--vae", vae, "--steps", 6, "--patience", 3, "--save-every", 1, "--optimizer", optimizer)
+    go(tmp_path / "run", store, *flags, hooks=[("nan_losses", 2, 3)])
+    data = load(tmp_path / "run" / "last.pt")
+    assert data["step"] == 6
+    assert all(torch.isfinite(x).all() for x in [*data["model"].values(), *data["ema"].values()])
+    assert np.isnan(data["curriculum"]["losses"]).tolist() == [False, False, True, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -336,10 +421,10 @@ def test_trim_log(tmp_path):
 
 def test_checkpoints_are_plain_dicts_that_carry_everything(plain):
     data = load(plain / "last.pt")
-    assert {"format", "stage", "step", "config", "model", "ema", "optimizer", "curriculum", "vae", "vae_id",
+    assert {"format", "stage", "step", "config", "model", "ema", "optimizers", "curriculum", "vae", "vae_id",
             "fingerprint", "text_encoder", "args"} <= set(data)
-    plain_types = (torch.Tensor, int, float, str, bool, type(None))
-    assert all(isinstance(x, plain_types) for x in flatten(data).values())
+    kinds = (torch.Tensor, int, float, str, bool, type(None))
+    assert all(isinstance(x, kinds) for x in flatten(data).values())
 
 
 class Malicious:
@@ -351,47 +436,50 @@ class Malicious:
 
 
 @pytest.mark.parametrize("file", ["last.pt", "vae.pt"])
-def test_a_malicious_pickle_is_refused(store, vae, tmp_path, file, capsys, quiet_signals):
+def test_a_malicious_pickle_is_refused(store, vae, tmp_path, file, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    torch.save({"format": 1, "stage": file[:-3], "x": Malicious(tmp_path / "harmed")}, out / file)
+    torch.save({"format": 2, "stage": file[:-3], "x": Malicious(tmp_path / "harmed")}, out / file)
     torch.load(out / file, weights_only=False)                              # it would work ...
     (tmp_path / "harmed").unlink()
-    flags = ["--vae", str(vae)] if file == "last.pt" else []
+    flags = ["--vae", str(vae) if file == "last.pt" else "train"]
     error = refused(["--data", str(store), "--out", str(out), *flags], capsys)
-    assert file in error and "safely" in error and not (tmp_path / "harmed").exists()       # ... but not here
+    assert f"{file}: no " in error and not (tmp_path / "harmed").exists()   # ... but not here
 
 
 def test_ema_is_fp32_and_follows_its_recurrence(store, vae, tmp_path):
     go(tmp_path / "run", store, "--vae", vae, "--steps", 3, "--keep-every", 1, "--precision", "bf16")
     a, b = (load(tmp_path / "run" / f"last-000000{i}.pt") for i in (1, 2))
-    decay = train.ema_decay(1, 0.9)
+    decay = 2 / 11                                              # min(0.9, (1 + step) / (10 + step))
     for name, value in b["ema"].items():
         assert value.dtype == torch.float32
         assert torch.allclose(value, a["ema"][name] * decay + b["model"][name] * (1 - decay), atol=1e-6), name
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Divergence
+def test_exports_are_half_precision_and_can_be_used(store, vae, plain, tmp_path, monkeypatch, capsys):
+    def export(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        train.main()
 
-
-def test_non_finite_losses_stop_the_run_with_advice(store, vae, tmp_path):
-    flags = ("--vae", vae, "--steps", 9, "--patience", 3, "--save-every", 1, "--log-every", 1)
-    out = tmp_path / "run"
-    printed = go(out, store, *flags, hook=("nan_losses", 4, 99), code=2)
-    assert "--lr" in printed.splitlines()[-1] and "3 update(s)" in printed.splitlines()[-1]
-    data = load(out / "last.pt")
-    assert data["step"] == 4 and all(torch.isfinite(x).all() for x in data["model"].values())
-    assert any(x["loss"] is None for x in log_of(out))
-
-
-def test_a_few_non_finite_losses_do_no_harm(store, vae, tmp_path):
-    flags = ("--vae", vae, "--steps", 6, "--patience", 3, "--save-every", 1)
-    go(tmp_path / "run", store, *flags, hook=("nan_losses", 2, 3))
-    data = load(tmp_path / "run" / "last.pt")
-    assert data["step"] == 6
-    assert all(torch.isfinite(x).all() for x in [*data["model"].values(), *data["ema"].values()])
-    assert np.isnan(data["curriculum"]["losses"]).tolist() == [False, False, True, True, False, False]
+    export("--export", tmp_path / "a" / "vae.pt", "--stage", "vae", "--out", vae.parent)
+    export("--export", tmp_path / "all.pt", "--out", plain)
+    whole, small = load(plain / "last.pt"), load(tmp_path / "all.pt")
+    assert small["ema"] == {} and not any("optimizers" in x for x in (small, load(tmp_path / "a/vae.pt")))
+    for name, averaged in whole["ema"].items():
+        assert torch.equal(small["model"][name], averaged.half())
+    for file in ("a/vae.pt", "all.pt"):                                     # stores fit exports, too
+        assert train.load_vae(tmp_path / file).fingerprint() == whole["vae_id"] == small["vae_id"]
+    # a run that starts from it: with no rate the weights stay, and its autoencoder comes along
+    out, flags = tmp_path / "run", ("--init", tmp_path / "all.pt", "--lr", 0, "--steps", 1)
+    go(out, store, *flags)
+    for name, value in load(out / "last.pt")["model"].items():
+        assert torch.equal(value, small["model"][name].float()), name
+    (tmp_path / "all.pt").rename(tmp_path / "moved.pt")
+    go(out, store, "--vae", tmp_path / "moved.pt", "--lr", 0, "--steps", 2)     # resumed: not needed any more
+    assert load(out / "last.pt")["step"] == 2
+    with pytest.raises(SystemExit):
+        export("--export", tmp_path / "b.pt", "--out", tmp_path / "nothing")
+    assert "train first" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -403,169 +491,91 @@ def test_schedules_are_pure_functions_of_the_step():
     assert lr[:3] == pytest.approx([0.5, 0.99414, 1.46506], abs=1e-4) and lr[20] == pytest.approx(0.1)
     assert max(lr) <= 2.0 and lr[4:] == sorted(lr[4:], reverse=True)
     assert [train.learning_rate(s, 2.0, 0, "constant", 20) for s in (0, 7, 19)] == [2.0] * 3     # the paper's
-    assert train.ema_decay(0, 0.999) == 0.1 and train.ema_decay(10 ** 6, 0.999) == 0.999
 
 
-def test_every_sticker_once_per_epoch_and_ranks_share_an_update():
-    items = np.array([3, 5, 8, 13, 21])
-    for epoch in range(3):
-        assert sorted(train.item_of(items, 0, 5 * epoch + i) for i in range(5)) == items.tolist()
-    one = [train.global_indices(7, m, 6, 2, Namespace(world=1, rank=0)) for m in range(2)]
-    two = [train.global_indices(7, m, 3, 2, Namespace(world=2, rank=r)) for m in range(2) for r in range(2)]
-    assert sum(one, []) == sum(two, []) == list(range(84, 96))
-
-
-@pytest.mark.parametrize("tasks", [TASKS, ("predict_post", "interpolate")])
-def test_the_validation_batch_is_fixed_and_has_the_trained_tasks_only(store, tasks):
-    stickers = Stickers.open(store)
-    cfg = train.Config(**run_micro.rdtf.PRESETS["micro"])
-    text = run_micro.rdtf.ByteText(cfg)
-    held = stickers.select("held_out")
-    (a, groups), (b, _) = (train.validation_batch(stickers, held, text, tasks, 8, count=12) for _ in range(2))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert [TASKS[i] for i in groups] == [t for t in tasks for _ in range(12 // len(tasks))]
-    each = 12 // len(tasks)
-    assert torch.equal(a["x0"][:each], a["x0"][each:2 * each])              # the tasks see the same clips
-    assert int(a["t"].max()) >= 750 and int(a["t"].min()) <= 250
-
-
-def test_words_reach_the_network_and_the_empty_caption_is_zeros():
+def test_muon_makes_orthogonal_steps_and_leaves_the_rest_to_adamw():
     torch.manual_seed(0)
-    text = run_micro.rdtf.ByteText(train.Config(**run_micro.rdtf.PRESETS["micro"]))             # 16 bytes
-    tok = text.tokenize(["a red heart in the sky", "red", "", "ReD", "红心"])
-    long, short, none, case, chinese = tok
-    assert bytes(long[:, 0].tolist()) == b"a red heart in t" and bytes(short[:4, 0].tolist()) == b"red "
-    assert len(set(long[2:6, 1].tolist())) == 1                                         # one row a word
-    assert torch.equal(long[2:6, 1], short[:4, 1]) and not none.any()
-    assert long[0, 1] != long[2, 1] and torch.equal(short, case) and (chinese[:7, 0] > 0).all()
-    states = text(tok)
-    assert (states[2] == 0).all() and (states[1, 4:] == 0).all() and (states[1, :4] != 0).any(1).all()
-    assert (states[0, :4] - states[1, :4]).square().mean() > 0.1
+    x = train.orthogonal(torch.randn(2, 24, 10))
+    assert (torch.linalg.svdvals(x) - 1).abs().max() < 0.35                 # the quintic's band
+    model = train.RDTF(train.Config(**train.PRESETS["micro"]))
+    (muon, adamw), shares = train.make_optimizers(model, "muon", 0.0)
+    a, b = ({id(p) for g in o.param_groups for p in g["params"]} for o in (muon, adamw))
+    assert shares == [1.0, 0.1] and not a & b and a | b == {id(p) for p in model.parameters()}
+    names = {n for n, p in model.named_parameters() if id(p) in b}
+    assert {"net.conv_in.weight", "net.conv_out.weight"} <= names
+    assert all(p.ndim > 1 for p in model.parameters() if id(p) in a)
 
 
-def test_no_growth_of_the_text_encoder_can_drown_the_words():
-    """Training lets the residual stream grow a common vector of 20 times the words' size (measured on the
-    procedural set): after the last LayerNorm, captions then differ by 1 % of their variance and nothing is
-    learned from them."""
-    torch.manual_seed(0)
-    text = run_micro.rdtf.ByteText(train.Config(**run_micro.rdtf.PRESETS["micro"])).requires_grad_(False)
-    red, blue = text.tokenize(["big red star", "big sky star"])             # differ in bytes 4, 5 and 6
-
-    def difference():
-        a, b = text(torch.stack([red, blue]))
-        return (a - b)[4:7].square().mean().item()
-    before = difference()
-    text.blocks[0].ff.out.bias += 40 * torch.randn_like(text.blocks[0].ff.out.bias)
-    assert difference() > before / 4                                        # without a way around: 1/600
-
-
-def test_pooled_text_is_the_mean_token_and_nothing_without_a_caption():
-    rdtf = run_micro.rdtf
-    torch.manual_seed(0)
-    cfg = train.Config(**{**rdtf.PRESETS["micro64"], "pooled_text": True})
-    model = rdtf.RDTF(cfg).requires_grad_(False)
-    states = model.text(model.text.tokenize(["red", "", "a red heart"]))    # b n d, zeros past the end
-    clip = torch.zeros(3, cfg.frames, cfg.latent_channels, 8, 8)
-    pooled = model.net.condition(clip, states).pooled
-    expected = [model.net.pool(states[i, :n].mean(0)) for i, n in ((0, 4), (2, 12))]
-    assert torch.allclose(pooled[[0, 2]], torch.stack(expected), atol=1e-5) and (pooled[1] == 0).all()
-    torch.nn.init.normal_(model.net.conv_out.weight)
-    for layer in model.net.layers():                                        # cross-attention says nothing ...
-        assert (layer.spatial is None) or (layer.spatial.proj_out.weight == 0).all()
-    for block in (m for m in model.modules() if isinstance(m, rdtf.ResBlock)):
-        torch.nn.init.normal_(block.conv2.weight, std=0.1)
-    x, t = torch.randn(1, *clip.shape[1:]).expand(3, -1, -1, -1, -1), torch.full((3,), 500)
-    out = model.net(x, t, clip, states)
-    assert not torch.allclose(out[0], out[2], atol=1e-3)                    # ... the caption arrives anyway
-
-
-def test_a_subset_of_tasks_trains_and_samples_it_only(store, vae, tmp_path):
-    out = tmp_path / "run"
-    flags = ("--tasks", "interpolate,predict_pre", "--steps", 4, "--log-every", 1, "--eval-every", 2)
-    go(out, store, "--vae", vae, *flags)
-    for line in log_of(out):
-        named = set(line) | set(line.get("mix", {})) | set(line.get("groups", {}))
-        assert named & set(TASKS) <= {"interpolate", "predict_pre"}
-    assert {x.name for x in out.glob("*.webp")} == {"interpolate.webp"}
-
-
-def finished(store, task, **flags):
-    """What `finish` makes of 2,000 samples of one clip, all of one task -> its kwargs, the captions seen."""
-    stickers, seen = Stickers.open(store), []
+def batch_of(store, task, **flags):
+    """What `make_batch` makes of 2,000 samples of one clip, all of one task -> kwargs, captions."""
+    stickers, seen = open_store(store), []
     text = Namespace(tokenize=lambda texts: seen.extend(texts))
-    args = Namespace(**{"seed": 0, "drop": 0.0, "word_drop": 0.0, "high_noise": 1.0, **flags})
-    clips = train.Clips(stickers, stickers.select("train"), 0, 8)
-    batch = train.collate([clips[0][:3] + (g,) for g in range(2000)])
+    args = Namespace(**{"seed": 0, "drop": 0.0, "word_drop": 0.0, "noise_levels": "uniform", "full": 0.0,
+                        "min_frames": 1, **flags})
+    order = train.Order([stickers.select("train")], [1.0], 0)
+    row = train.draw_row(stickers, order, 0, args)
     curriculum = Curriculum("none", 1, (task,))
-    kwargs, _ = train.finish(batch, text, curriculum, curriculum.weights(0), args, 8)
-    return kwargs, seen
+    rows = [row[:3] + (g,) for g in range(2000)]
+    return train.make_batch(rows, text, curriculum, curriculum.weights(0), args)[0], seen
 
 
 def test_dropping_is_decided_per_sample_by_its_number(store):
-    kwargs, seen = finished(store, "it2v", drop=0.1)
+    kwargs, seen = batch_of(store, "it2v", drop=0.1)
     no_text, no_image = np.array([x == "" for x in seen]), ~kwargs["cond_mask"].any(1).numpy()
     assert abs(no_text.mean() - 0.2) < 0.03 and abs(no_image.mean() - 0.1) < 0.03
     assert (no_text | ~no_image).all()                                      # an image is never dropped alone
 
 
-@pytest.mark.parametrize("task, power, above", [("t2v", 1.0, 0.2), ("t2v", 3.0, 0.488), ("it2v", 3.0, 0.2)])
-def test_noise_steps_are_uniform_unless_high_noise_is_asked_for_text_alone(store, task, power, above):
-    t = finished(store, task, high_noise=power)[0]["t"]
-    assert abs((t >= 800).float().mean().item() - above) < 0.04 and 0 <= int(t.min()) and int(t.max()) <= 999
+@pytest.mark.parametrize("task, levels, above", [("t2v", "uniform", 0.2), ("it2v", "normal", 0.092),
+                                                 ("t2v", "normal", 0.364)])
+def test_noise_steps_are_spread_as_asked(store, task, levels, above):
+    t = batch_of(store, task, noise_levels=levels)[0]["t"]
+    assert abs((t >= 800).float().mean().item() - above) < 0.03 and 0 <= int(t.min()) and int(t.max()) <= 999
     assert (t < 100).any() and (t > 900).any()
 
 
+def test_validation_clips_are_fixed_and_the_same_for_every_task(store):
+    stickers = open_store(store)
+    held = stickers.select("held_out")
+    a, b = (train.validation_rows(stickers, held, ["t2v", "interpolate"], None) for _ in range(2))
+    assert [t for t, _ in a] == ["t2v", "interpolate"] and len(a[0][1]) == 3
+    for (_, x), (_, y) in zip(a + [a[0]], b + [a[1]]):
+        assert all(torch.equal(i[0], j[0]) and i[1:] == j[1:] for i, j in zip(x, y, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Flags, plan, bad input
+# Flags, bad input
 
 
 def test_every_flag_is_read_and_has_help():
     tree = ast.parse(Path(train.__file__).read_text())
     loads = [x for x in ast.walk(tree) if isinstance(x, ast.Attribute) and isinstance(x.ctx, ast.Load)]
     read = {x.attr for x in loads if "args" in (getattr(x.value, "id", None), getattr(x.value, "attr", None))}
-    for action in train.parser()._actions:
+    flags = train.parser()._actions
+    for action in flags:
         assert action.help and len(action.help) > 3, action.dest
         assert action.dest in read | {"help"}, f"--{action.dest} is never read"
-    texts = train.parser().format_help()
     for preset, recipe in train.RECIPES.items():
-        assert set(recipe) <= {a.dest for a in train.parser()._actions}, preset
-    assert texts.count("default: ") >= len(train.parser()._actions) - 12
+        assert set(recipe) <= {a.dest for a in flags}, preset
+        assert all(a.dest in recipe or a.dest == "accumulation" for a in flags if a.default is None), preset
 
 
-def test_dry_run_writes_nothing(store, tmp_path):
-    work = tmp_path / "work"
-    work.mkdir()
-    text, old = str(tmp_path / "printed"), os.getcwd()
-    os.chdir(work)
-    try:
-        process = run_micro.start(["--data", str(store), "--dry-run", "--tensorboard"], text)
-        process.join()
-    finally:
-        os.chdir(old)
-    printed = Path(text).read_text()
+def test_dry_run_writes_nothing(store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = run_micro.start(["--data", str(store), "--dry-run"], "printed")
+    process.join()
+    printed = Path("printed").read_text()
     assert process.exitcode == 0, printed
-    for part in ("parameters: ", "memory per process: ", "activations", "clips per update", "hours"):
+    for part in ("parameters: ", "memory per process: ", "clips per update", "hours"):
         assert part in printed
-    assert not list(work.iterdir())
-
-
-@pytest.fixture
-def quiet_signals():
-    """train.main() in this process sets handlers; put pytest's back."""
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in old.items():
-        signal.signal(s, handler)
+    assert [x.name for x in tmp_path.iterdir()] == ["printed"]
 
 
 def refused(flags, capsys):
     """-> the one line on stderr."""
-    old, sys.argv = sys.argv, ["train.py", "--preset", "micro", "--device", "cpu", *map(str, flags)]
-    try:
-        with pytest.raises(SystemExit) as end:
-            train.main()
-    finally:
-        sys.argv = old
+    with pytest.MonkeyPatch.context() as m, pytest.raises(SystemExit) as end:
+        m.setattr(sys, "argv", ["train.py", "--preset", "micro", "--device", "cpu", *map(str, flags)])
+        train.main()
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and error.startswith("train.py: ") and "\n" not in error, error
     return error
@@ -573,41 +583,55 @@ def refused(flags, capsys):
 
 BAD = {
     "no folder": (["--data", "{tmp}/none"], "none"),
-    "empty folder": (["--data", "{tmp}"], "{tmp}"),
-    "preset": (["--preset", "huge"], "tiny, base, paper"),
+    "empty folder": (["--data", "{tmp}/empty"], "{tmp}/empty"),
+    "shares over 1": (["--data", "{store}:0.7", "{store}:0.5"], "sum to 1.2"),
+    "nothing left": (["--data", "{store}:0.5", "{store}:0.5", "synthetic:4"], "sum to 1"),
+    "no long stickers": (["--min-frames", "99"], "--min-frames"),
+    "preset": (["--preset", "huge"], "--preset"),
     "task": (["--tasks", "t2v,dance"], "predict_post"),
-    "batch": (["--batch-size", "0"], "--batch-size 0"),
-    "lr": (["--lr", "-1"], "--lr -1"),
-    "ema": (["--ema", "1.5"], "0 to 1"),
+    "batch": (["--batch-size", "0"], "--batch-size: 0: must be at least 1"),
+    "lr": (["--lr", "-1"], "--lr: -1"),
+    "not finite": (["--lr", "inf"], "--lr: inf"),
+    "ema": (["--ema", "1.5"], "choose 0 to 1"),
+    "no such flag": (["--workers", "2"], "--workers"),
     "no such vae": (["--vae", "{tmp}/none.pt"], "none.pt"),
-    "no autoencoder": (["--vae", "{tmp}/file"], "{tmp}/file"),
+    "no autoencoder": (["--vae", "{tmp}/file"], "{tmp}/file: no"),
+    "unfinished vae": (["--vae", "{tmp}/odd.pt"], "{tmp}/odd.pt: no"),
     "no vae steps": (["--vae-steps", "0"], "--vae"),
+    "vae of another reduction": (["--vae", "{vae}", "--preset", "f8"], "needs f = 8"),
     "out is a file": (["--out", "{tmp}/file/run"], "{tmp}/file"),
     "other vae": (["--out", "{run}", "--vae", "{other}"], "another autoencoder"),
     "other network": (["--out", "{run}", "--vae", "{vae}", "--temporal", "conv3d"], "temporal = sti"),
-    "no such start": (["--init", "{tmp}/none.pt"], "--init {tmp}/none.pt: no such file"),
-    "start is no checkpoint": (["--init", "{tmp}/file"], "--init {tmp}/file: not an autoencoder"),
-    "start is an autoencoder": (["--init", "{vae}"], "--init {vae}: an autoencoder alone"),
+    "other optimizer": (["--out", "{run}", "--vae", "{vae}", "--optimizer", "muon"], "does not fit"),
+    "no such start": (["--init", "{tmp}/none.pt"], "{tmp}/none.pt: no such file"),
+    "start is no checkpoint": (["--init", "{tmp}/file"], "{tmp}/file: no"),
+    "start is an autoencoder": (["--init", "{vae}"], "{vae}: an autoencoder alone"),
     "start of another network": (["--init", "{run}/last.pt", "--temporal", "conv3d"], "temporal = sti"),
     "start and new vae": (["--init", "{run}/last.pt", "--vae", "train"], "--vae train: its autoencoder"),
     "start of another vae": (["--init", "{run}/last.pt", "--vae", "{other}"], "leave --vae out"),
     "device": (["--device", "cuda:77"], "--device cpu"),
+    "dry autoencoder": (["--dry-run", "--stage", "vae"], "remove one"),
 }
 
 
+@pytest.fixture(scope="session")
+def places(store, vae, plain, tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "empty").mkdir()
+    (tmp / "file").write_text("no folder, no checkpoint")
+    data = load(vae)
+    torch.save({k: v for k, v in data.items() if k != "vae"}, tmp / "odd.pt")
+    data["vae"]["mean"] += 1
+    torch.save(data, tmp / "other.pt")
+    train.PRESETS["f8"] = train.PRESETS["micro"] | {"vae_widths": (32, 32, 32)}
+    train.RECIPES["f8"] = train.RECIPES["micro"]
+    return dict(tmp=tmp, store=store, run=plain, vae=vae, other=tmp / "other.pt")
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(case, store, vae, plain, tmp_path, capsys, quiet_signals):
-    (tmp_path / "file").write_text("no folder, no checkpoint")
-    other = tmp_path / "other.pt"
-    if "{other}" in BAD[case][0]:
-        data = load(vae)
-        data["vae"]["mean"] += 1
-        torch.save(data, other)
+def test_bad_input_is_one_line(case, places, tmp_path, capsys):
     flags, expected = BAD[case]
-    if case == "empty folder":
-        (tmp_path / "file").unlink()
-    places = dict(tmp=tmp_path, run=plain, vae=vae, other=other)
-    flags = ["--data", str(store), "--out", str(tmp_path / "out"), *(x.format(**places) for x in flags)]
+    flags = ["--data", places["store"], "--out", tmp_path / "out", *(x.format(**places) for x in flags)]
     assert expected.format(**places) in refused(flags, capsys)
 
 
@@ -615,8 +639,8 @@ def test_the_command_line_gives_exit_code_two(tmp_path):
     """The one test that starts train.py itself."""
     command = [sys.executable, train.__file__, "--data", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout.count("\n") == 0
-    assert re.fullmatch(r"train\.py: .*none.*\n", done.stderr)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train.py: ") and "none" in done.stderr
 
 
 def test_a_failed_write_names_the_file(tmp_path, monkeypatch):
@@ -632,31 +656,20 @@ def test_a_failed_write_names_the_file(tmp_path, monkeypatch):
     assert load(path) == {"x": 1} and [x.name for x in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_exports_are_half_precision_and_can_be_used(store, vae, plain, tmp_path, monkeypatch, capsys):
-    def export(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-        train.main()
+# ------------------------------------------------------------------------------------------------------------
+# On a GPU
 
-    export("--export", tmp_path / "a" / "vae.pt", "--stage", "vae", "--out", vae.parent)
-    export("--export", tmp_path / "all.pt", "--out", plain)
-    whole, small = load(plain / "last.pt"), load(tmp_path / "all.pt")
-    assert small["ema"] == {} and "optimizer" not in small and "optimizer" not in load(tmp_path / "a/vae.pt")
-    for name, averaged in whole["ema"].items():
-        assert small["model"][name].dtype == torch.float16
-        assert torch.equal(small["model"][name], averaged.half())
-    x = torch.rand(1, 4, 32, 32)
-    for file in ("a/vae.pt", "all.pt"):
-        with torch.no_grad():
-            z, exact = (train.load_vae(path).encode(x) for path in (tmp_path / file, vae))
-        assert torch.allclose(z, exact, atol=0.02)
-    # a run that starts from it: with no rate the weights stay, and its autoencoder comes along
-    out, flags = tmp_path / "run", ("--init", tmp_path / "all.pt", "--lr", 0, "--steps", 1)
-    go(out, store, *flags)
-    for name, value in load(out / "last.pt")["model"].items():
-        assert torch.equal(value, small["model"][name].float()), name
-    (tmp_path / "all.pt").rename(tmp_path / "moved.pt")
-    go(out, store, "--vae", tmp_path / "moved.pt", "--lr", 0, "--steps", 2)     # resumed: not needed any more
-    assert load(out / "last.pt")["step"] == 2
-    with pytest.raises(SystemExit):
-        export("--export", tmp_path / "b.pt", "--out", tmp_path / "nothing")
-    assert "train first" in capsys.readouterr().err
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("flags", [[], ["--compile"]], ids=["eager", "compiled"])
+def test_three_updates_on_a_gpu_resumed_and_sampled(store, tmp_path, flags):
+    root, out = Path(train.__file__).parent, tmp_path / "run"
+    command = [sys.executable, "train.py", "--data", "synthetic:16", "--vae", "train", "--vae-steps", 2,
+               "--device", "cuda", "--precision", "bf16", "--batch-size", 2, "--out", out, "--log-every", 1,
+               *flags]
+    for steps in (2, 3):
+        subprocess.run([str(x) for x in (*command, "--steps", steps)], check=True, cwd=root)
+    assert load(out / "last.pt")["step"] == 3 and all(x["loss"] for x in log_of(out, "main"))
+    sample = [sys.executable, "sample.py", "--ckpt", out / "last.pt", "--text", "a red heart", "--out",
+              out / "x.webp"]
+    subprocess.run([str(x) for x in sample], check=True, cwd=root)

@@ -1,0 +1,235 @@
+"""Which part of the recipe helps? Variants trained for equal CPU time, each a rung on top of the one before.
+
+    python benchmarks/ladder.py run f4c4 units inputs --minutes 45 --out runs/ladder \\
+        --vae weights/stickers-64.pt --data cache/fluent.z --more cache/characters.z cache/flying.z:0.25 \\
+        --measure cache/fluent
+    python benchmarks/ladder.py table runs/ladder                # ladder.md and ladder.png
+
+Time is process time of training alone, so a busy machine does not matter; the learning rate follows it, too:
+warm-up, flat, then down over the last 30 %. At --marks moments the averaged weights are measured (`quality.py
+mean`, not on the clock). Every variant is a process of its own on one thread; the same command goes on where
+it was stopped, also after kill -9. Stores of latents (--data, --more) save encoding at every start, but fit
+one autoencoder: f8c16 and vae2 need stores of pixels, and f8c16 an autoencoder with f = 8 and 16 channels:
+--vae FILE, or `--vae train`, which trains one first (off the clock).
+"""
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import data  # noqa: E402
+import quality  # noqa: E402
+import rdtf  # noqa: E402
+import train  # noqa: E402
+
+
+def without_units(given, cond_mask):
+    """In place of rdtf.guess_frames: the blend, as if what differs from it had variance 1."""
+    return rdtf.blend(given, cond_mask), given.new_ones(len(given), 1, 1, 1, 1)
+
+
+class Rung(NamedTuple):
+    what: str
+    after: str = ""                       # the rung that it adds to
+    config: dict = {}                     # what changes in Config
+    flags: dict = {}                      # ... and in the flags of train.py
+    units: bool | None = None             # the residual in units of its own? None: as before
+    more: bool | None = None              # with the sets of --more?
+
+
+RUNGS = {
+    "f8c16": Rung("the first release's: f = 8, 16 channels", "", dict(
+        latent_channels=16, vae_patch=4, widths=(64, 128), narrow=False, inputs=False, clean=False),
+        dict(optimizer="adamw", lr=1e-3, noise_levels="uniform", full=0.0), False, False),
+    "f4c4": Rung("f = 4, 4 channels, narrow attention", "f8c16", dict(
+        latent_channels=4, vae_patch=2, widths=(32, 64, 128), narrow=True)),
+    "units": Rung("+ residual in its own units", "f4c4", units=True),
+    "inputs": Rung("+ guess, masks, frame number as inputs", "units", dict(inputs=True)),
+    "clean": Rung("+ given frames clean", "inputs", dict(clean=True)),
+    "data": Rung("+ full clips, the sets of --more", "clean", flags=dict(full=0.5), more=True),
+    "muon": Rung("+ Muon", "data", flags=dict(optimizer="muon", lr=0.01)),
+    "noise": Rung("+ normal noise levels (= tiny)", "muon", flags=dict(noise_levels="normal")),
+    "adamw": Rung("tiny with AdamW", "noise", flags=dict(optimizer="adamw", lr=1e-3)),
+    "fluent": Rung("tiny without the sets of --more", "noise", more=False),
+    "vae2": Rung("tiny with another autoencoder (--vae)", "noise"),
+}
+FOREVER = 10 ** 6                         # updates; the clock stops the run
+MODES = ("interpolate-2", "interpolate-3", "predict-post", "it2v")
+
+
+def rung(name):
+    """-> all that the rung and those below it change."""
+    this = RUNGS[name]
+    if not this.after:
+        return this
+    below = rung(this.after)
+    return Rung(this.what, "", below.config | this.config, below.flags | this.flags,
+                *(b if t is None else t for t, b in ((this.units, below.units), (this.more, below.more))))
+
+
+def lines(path):
+    """JSON lines; a half-written last one is left out."""
+    found = []
+    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            pass
+    return found
+
+
+class Clock:
+    """Stands in for two functions of train.py: `learning_rate`, called once in every update, follows the
+    clock and ends the run, and `save_checkpoint`, after which it is noted how much time is in the checkpoint
+    and the weights are measured when a mark has passed."""
+
+    def __init__(self, out, args):
+        self.out, self.budget = out, 60 * args.minutes
+        self.args, self.began, self.before = args, None, 0.0
+        self.learning_rate, self.save = train.learning_rate, train.save_checkpoint
+        if (out / "last.pt").exists():
+            step = rdtf.read_weights(out / "last.pt")["step"]
+            known = (x["seconds"] for x in lines(out / "clock.jsonl") if x["step"] <= step)
+            self.before = max(known, default=0.0)
+        train.learning_rate, train.save_checkpoint = self.rate, self.saved
+
+    def spent(self):
+        return self.before + (0 if self.began is None else time.process_time() - self.began)
+
+    def rate(self, step, peak, warmup, schedule, steps):
+        if steps != FOREVER:                                        # the autoencoder's: not on the clock
+            return self.learning_rate(step, peak, warmup, schedule, steps)
+        self.began = time.process_time() if self.began is None else self.began
+        if self.spent() >= self.budget:
+            train.STOP["since"] = time.monotonic()                  # ends after this update, and saves
+        left = 1 - min(1, self.spent() / self.budget)
+        return peak * min(1, (step + 1) / max(1, warmup)) * max(0.02, min(1, left / 0.3))
+
+    def saved(self, path, content):
+        self.save(path, content)
+        if content.get("stage") != "main":
+            return
+        seconds, paused = self.spent(), time.process_time()
+        with open(self.out / "clock.jsonl", "a") as file:
+            file.write(json.dumps({"step": content["step"], "seconds": seconds}) + "\n")
+        done = max((x["seconds"] for x in lines(self.out / "measured.jsonl")), default=0.0)
+        if seconds >= self.budget > done or seconds // (self.budget / self.args.marks) > \
+                done // (self.budget / self.args.marks):
+            self.measure(path, seconds)
+        self.began += time.process_time() - paused
+
+    def measure(self, path, seconds):
+        a, model = self.args, rdtf.load_model(path)
+        _, clips, captions = quality.held_out(data.open_stickers(a.measure, model.cfg.size), a.count)
+        settings = SimpleNamespace(precision="auto", batch=8, draws=50)
+        with torch.random.fork_rng():
+            found = quality.one_step_means(model, clips, captions, MODES, settings, seconds >= self.budget)
+        with open(self.out / "measured.jsonl", "a") as file:
+            file.write(json.dumps({"seconds": seconds, "step": model.meta["step"], "modes": found}) + "\n")
+
+
+def run(name, args):
+    """Train one variant in this process until its time is over."""
+    this, out = rung(name), Path(args.out) / f"{name}-{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    if any(x["seconds"] >= 60 * args.minutes for x in lines(out / "measured.jsonl")):
+        return print(f"{out}: has its {args.minutes:g} minutes already")
+    torch.set_num_threads(1)
+    rdtf.PRESETS["tiny"].update(this.config)
+    if not this.units:
+        rdtf.guess_frames = without_units
+    keys = ("vae", "seed", "tasks", "save_every", "batch_size", "vae_steps")
+    passed = {key: getattr(args, key) for key in keys}
+    flags = passed | this.flags | dict(data=args.data + args.more * bool(this.more), out=out, steps=FOREVER,
+                                       curriculum="none", eval_every=0)
+    words = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+             for key, value in flags.items() if value is not None]
+    Clock(out, args)
+    train.run(train.parser().parse_args(sum(words, [])))
+
+
+def table(args):
+    """The last measurement of every variant as a table, all of them as curves."""
+    runs = {path.parent.name: lines(path) for path in sorted(Path(args.out).glob("*/measured.jsonl"))}
+    if not runs:
+        raise data.DataError(f"{args.out}: nothing measured there yet")
+    order = sorted(runs, key=lambda name: (list(RUNGS).index(name.rsplit("-", 1)[0]), name))
+    rows = [f"| rung | CPU min | updates | {' | '.join(f'EV {m} | dB' for m in MODES)} |",
+            "|---" * (3 + 2 * len(MODES)) + "|"]
+    for name in order:
+        last = runs[name][-1]
+        cells = [f"{last['modes'][m]['EV'][0]:.3f} | {last['modes'][m]['ours'][0]:.2f}" for m in MODES]
+        rows.append(f"| {name}: {RUNGS[name.rsplit('-', 1)[0]].what} | {last['seconds'] / 60:.1f} | "
+                    f"{last['step']} | {' | '.join(cells)} |")
+    for rival in ("latent blend", "copy", "blend", "flow", "ceiling"):
+        known = next((runs[n][-1]["modes"] for n in order if "copy" in runs[n][-1]["modes"][MODES[0]]), {})
+        cells = [f" | {known[m][rival][0]:.2f}" if rival in known.get(m, {}) else " | " for m in MODES]
+        rows.append(f"| {rival} | | | {' | '.join(cells)} |")
+    (Path(args.out) / "ladder.md").write_text("\n".join(rows) + "\n")
+    print("\n".join(rows))
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no ladder.png: pip install matplotlib", file=sys.stderr)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(MODES), figsize=(4.2 * len(MODES), 3.6), layout="constrained")
+    for mode, axis in zip(MODES, axes):
+        for name in order:
+            points = [(x["seconds"] / 60, x["modes"][mode]["EV"][0]) for x in runs[name]]
+            axis.plot(*zip(*points), "o-", ms=3, label=name)
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.set(title=mode, xlabel="CPU minutes", ylabel="EV of the one-step mean")
+    axes[0].legend(fontsize=7)
+    figure.savefig(Path(args.out) / "ladder.png", dpi=110)
+
+
+def main(arguments=None):
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("run", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                            epilog="; ".join(f"{name}: {r.what}" for name, r in RUNGS.items()))
+    p.add_argument("names", nargs="+", choices=list(RUNGS), metavar="NAME", help=", ".join(RUNGS))
+    p.add_argument("--minutes", type=float, default=45, help="process time of training")
+    p.add_argument("--out", default="runs/ladder", help="folder of all runs")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--data", nargs="+", default=[train.BUILT_IN[1]], help="as for train.py")
+    p.add_argument("--more", nargs="+", default=[train.BUILT_IN[0]], help="sets that join at rung `data`")
+    p.add_argument("--vae", required=True, help="as for train.py")
+    p.add_argument("--vae-steps", type=int, help="with --vae train; None: the preset's")
+    p.add_argument("--tasks", default="i2v,it2v,predict_pre,predict_post,interpolate", help="tasks trained")
+    p.add_argument("--batch-size", type=int, default=8, help="clips per update")
+    p.add_argument("--measure", default=train.BUILT_IN[1], help="store of pixels, for held-out stickers")
+    p.add_argument("--count", type=int, default=64, help="of them")
+    p.add_argument("--marks", type=int, default=6, help="measurements")
+    p.add_argument("--save-every", type=int, default=50, help="updates between checkpoints")
+    p = commands.add_parser("table")
+    p.add_argument("out", help="folder of the runs")
+    args = top.parse_args(arguments)
+    try:
+        if args.command == "table":
+            table(args)
+        elif len(args.names) == 1:
+            run(args.names[0], args)
+        else:                                                       # a process each: patches must not mix
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            rest = [w for w in words[1:] if w not in args.names]
+            for name in args.names:
+                subprocess.run([sys.executable, __file__, "run", name, *rest], check=True)
+    except (data.DataError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+
+
+if __name__ == "__main__":
+    main()

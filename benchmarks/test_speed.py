@@ -1,0 +1,64 @@
+"""speed.py and ladder.py run as their help says; what they measure is in benchmarks/README.md."""
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import ladder
+import pytest
+import rdtf
+import speed
+import torch
+
+
+def test_a_small_sampling_run_beside_a_peer(capsys):
+    pytest.importorskip("diffusers", reason="the peers are diffusers' networks")
+    speed.main("--widths 32 32 32 64 --head-dim 32 --latent 16 --text-tokens 5 --repeats 1 --clock cpu "
+               "--sampling --steps 2 --dtype bf16 --peers I2VGenXLUNet".split())
+    tables = [part.splitlines() for part in capsys.readouterr().out.split("\n\n") if "peer/ours" in part]
+    assert len(tables) == 2                                             # two pairs of guidance scales
+    for title, head, ours, peer in tables:
+        assert ours.split()[0] == "ours" and ours.split()[3] == "1.00x"
+        assert peer.split()[0] == "I2VGenXLUNet" and float(peer.split()[1]) > 0
+
+
+def test_counting_the_paper_needs_no_gpu(capsys):
+    speed.main(["--preset", "paper", "--count"])
+    out = capsys.readouterr().out
+    assert "parameters 956.4 M" in out and "checkpointing True" in out
+    with pytest.raises(SystemExit, match="--widths: the peers have four levels"):
+        speed.main(["--widths", "32", "64"])
+
+
+def test_rungs_add_up():
+    assert ladder.rung("noise").flags == dict(optimizer="muon", lr=0.01, noise_levels="normal", full=0.5)
+    top, tiny = ladder.rung("noise"), rdtf.Config(**rdtf.PRESETS["tiny"])
+    assert top.units and top.more and all(getattr(tiny, key) == value for key, value in top.config.items())
+    assert not ladder.rung("f4c4").units and not ladder.rung("fluent").more
+    cfg = rdtf.Config(**rdtf.PRESETS["tiny"] | ladder.rung("f8c16").config)
+    assert (cfg.f, cfg.latent_channels) == (8, 16)
+
+
+def test_a_ladder_in_miniature(tmp_path, capsys):
+    """Two variants of a few seconds; the second call resumes, a third has nothing to do; then the table."""
+    cfg, vae = rdtf.Config(**rdtf.PRESETS["tiny"]), str(tmp_path / "vae.pt")
+    torch.save({"vae": rdtf.AutoencoderKL(cfg).state_dict(), "config": asdict(cfg)}, vae)
+
+    def words(names, minutes):
+        flags = "--data synthetic:16 --more synthetic:17 --measure synthetic:60 --count 1 --marks 2"
+        return ["run", *names, "--minutes", str(minutes), "--out", str(tmp_path), "--vae", vae,
+                *flags.split(), "--batch-size", "2", "--save-every", "2"]
+
+    def run(*what):
+        subprocess.run([sys.executable, ladder.__file__, *words(*what)], capture_output=True, check=True)
+    run(["f4c4", "noise"], 0.02)
+    first = ladder.lines(tmp_path / "noise-0" / "measured.jsonl")
+    assert "flow" in first[-1]["modes"]["interpolate-2"] and first[-1]["seconds"] >= 1.2
+    run(["noise"], 0.04)
+    clock = [x["seconds"] for x in ladder.lines(tmp_path / "noise-0" / "clock.jsonl")]
+    assert clock == sorted(clock) and clock[-1] >= 2.4
+    ladder.main(words(["noise"], 0.04))
+    assert "already" in capsys.readouterr().out
+    ladder.main(["table", str(tmp_path)])
+    table = Path(tmp_path, "ladder.md").read_text()
+    assert "| f4c4-0: f = 4" in table and "| noise-0: + normal" in table and "| flow |" in table
