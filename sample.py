@@ -14,7 +14,6 @@ it: `python data.py info FILE`.
 """
 
 import argparse
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from curriculum import make_masks
-from data import (LEVELS, DataError, fit_frames, read_sticker, save_sheet, to_straight, unpremultiply,
+from data import (LEVELS, DataError, fit_frames, number, read_sticker, save_sheet, to_straight, unpremultiply,
                   write_sticker)
 from rdtf import SAMPLERS, load_model, sample_clips
 
@@ -195,18 +194,6 @@ def default_checkpoint():
     if not found.exists():
         raise DataError("no checkpoint: train one with `python train.py`, or name one with --ckpt")
     return str(found)
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text}: choose {low} to {high}" if high < math.inf else
-                                             f"{text}: must be at least {low}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def parser():

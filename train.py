@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from curriculum import TASKS, Curriculum, make_masks
-from data import (DataError, Stickers, draw_clip, encode_frames, join, make_meta, open_stickers, save_sheet,
-                  to_straight, write_sticker)
+from data import (DataError, Stickers, draw_clip, encode_frames, join, make_meta, number, open_stickers,
+                  save_sheet, to_straight, write_sticker)
 from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Loaded, alphas_cumprod,
                   drop_words, guess_frames, has_bf16, load_model, load_vae, read_weights, sample_clips,
                   to_device)
@@ -45,28 +45,16 @@ from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Load
 HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
 BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent")]
+SMALL = dict(optimizer="muon", lr=0.01, weight_decay=0.5, schedule="cosine", noise_levels="normal", full=0.5)
 RECIPES = {  # what the flags of a preset default to
-    "tiny": dict(steps=700, batch_size=4, optimizer="muon", lr=0.01, ema=0.998, warmup=50, schedule="cosine",
-                 noise_levels="normal", full=0.5, vae_steps=600, vae_batch_size=16),
-    "base": dict(steps=100_000, batch_size=16, optimizer="muon", lr=0.01, ema=0.9999, warmup=1000,
-                 schedule="cosine", noise_levels="normal", full=0.5, vae_steps=20_000, vae_batch_size=32),
+    "tiny": dict(SMALL, steps=700, batch_size=4, ema=0.998, warmup=50, vae_steps=600, vae_batch_size=16),
+    "base": dict(SMALL, steps=100_000, batch_size=16, ema=0.9999, warmup=1000, vae_steps=20_000,
+                 vae_batch_size=32),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5; Stable Diffusion's autoencoder
-    "paper": dict(steps=50_000, batch_size=1, accumulation=6, optimizer="adamw", lr=1e-5, ema=0.9999,
-                  warmup=0, schedule="constant", noise_levels="uniform", full=0.0, vae_steps=0,
+    "paper": dict(steps=50_000, batch_size=1, accumulation=6, optimizer="adamw", lr=1e-5, weight_decay=0.01,
+                  ema=0.9999, warmup=0, schedule="constant", noise_levels="uniform", full=0.0, vae_steps=0,
                   vae_batch_size=8),
 }
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite number of this kind from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text}: choose {low} to {high}" if high < math.inf else
-                                             f"{text}: must be at least {low}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def parser():
@@ -95,7 +83,7 @@ def parser():
     a("--lr", type=rate, help="peak learning rate; with muon AdamW has a tenth of it")
     a("--schedule", choices=["constant", "cosine"], help="of the learning rate, after warm-up")
     a("--warmup", type=count, help="updates of linear warm-up, 0 = none")
-    a("--weight-decay", type=rate, default=0.01, help="decoupled (Table 6)")
+    a("--weight-decay", type=rate, help="decoupled; with muon of its matrices only")
     a("--grad-clip", type=rate, default=1.0, help="largest gradient norm, 0 = no clipping")
     a("--ema", type=share, help="decay of the averaged weights, 0 = none")
     a("--vae-steps", type=count, help="updates of the autoencoder")
@@ -311,9 +299,13 @@ def orthogonal(m, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest)."""
+    """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest).
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+    Every update has the same size, so weights grow until the decay balances it. With a decay of 0.01 spectral
+    norms reached 8 and the gradients exploded after 1,400 updates (benchmarks/README.md); 0.5 keeps them low.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -335,17 +327,18 @@ def make_optimizers(module, kind, weight_decay):
     """-> list of optimizers, their shares of the learning rate.
 
     With muon AdamW trains what is no hidden matrix: norms, biases, embeddings, the entrance and the exit, and
-    STI's small parts, at a tenth of the rate.
+    STI's small parts, at a tenth of the rate and without decay.
     """
     params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     fused = params[0][1].device.type != "mps"
-    adamw = dict(lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay, fused=fused)
+    adamw = dict(lr=0.0, betas=(0.9, 0.999), fused=fused)
     if kind == "adamw":
-        return [torch.optim.AdamW([p for _, p in params], **adamw)], [1.0]
+        return [torch.optim.AdamW([p for _, p in params], weight_decay=weight_decay, **adamw)], [1.0]
     ends = ("conv_in.", "conv_out.", "embed.", "words.", "position", "number", ".detail.")
     hidden = [n for n, p in params if p.ndim > 1 and not any(x in "." + n for x in ends)]
+    rest = [p for n, p in params if n not in hidden]
     return [Muon([p for n, p in params if n in hidden], 0.0, weight_decay=weight_decay),
-            torch.optim.AdamW([p for n, p in params if n not in hidden], **adamw)], [1.0, 0.1]
+            torch.optim.AdamW(rest, weight_decay=0.0, **adamw)], [1.0, 0.1]
 
 
 def learning_rate(step, peak, warmup, schedule, steps):
@@ -542,7 +535,7 @@ def train_vae(cfg, stickers, order, args, ctx, out):
     torch.manual_seed(args.seed)
     module = nn.ModuleDict({"vae": AutoencoderKL(cfg)}).to(ctx.device)
     vae, params = module["vae"], dict(module.named_parameters())
-    optimizers, shares = make_optimizers(module, "muon", 0.01)
+    optimizers, shares = make_optimizers(module, "muon", 0.01)   # no attention: small decay will do
     ema, start, bad = {n: p.detach().float().clone() for n, p in params.items()}, 0, 0
     if path.exists():
         saved = load_checkpoint(path, "vae", asdict(cfg))
@@ -737,7 +730,7 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
         del saved                                                           # a second copy of everything
     # averaged weights begin as the weights that were loaded, where the checkpoint has none
     ema = {n: ema.get(n, p.detach().float().clone()) for n, p in params.items()} if args.ema else {}
-    for group in (g for o in optimizers for g in o.param_groups):          # flags count, not checkpoints
+    for group in optimizers[0].param_groups:                                # flags count, not checkpoints
         group["weight_decay"] = args.weight_decay
     ctx.agree(start, f"--out {out}")
     if ctx.main:
@@ -746,8 +739,7 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
     model.net.checkpointing = args.checkpointing
     if args.compile:                                                        # in place: names of weights stay
         model.net.compile()
-    net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None,
-              broadcast_buffers=False) if ctx.world > 1 else model
+    net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if ctx.world > 1 else model
     loaded, fixed = Loaded(model, vae, cfg, {}), validation_rows(stickers, shown, tasks, args)
     global_batch, groups = args.batch_size * args.accumulation * ctx.world, tasks + ["q1", "q2", "q3", "q4"]
     sums, bad, clock, data_time, done = torch.zeros(2 + 2 * len(groups)), 0, 0.0, 0.0, 0

@@ -5,8 +5,8 @@ updates, held-out losses.
 
 trains every variant with every seed and measures the averaged weights of each on the same held-out clips,
 noise, noise steps and masks, twice: on clips of 3 to 8 frames, as trained with dual masks, and on full clips
-of 8 frames, as the first variant is trained. It prints mean ± standard deviation over the seeds per task, anew
-whenever a seed is done in all variants. 1 is "predict nothing". A variant that never trained a task is
+of 8 frames, as the first variant is trained. It prints mean ± standard deviation over the seeds per task,
+anew whenever a seed is done in all variants. 1 is "predict nothing". A variant that never trained a task is
 measured on it all the same: that is what dual masks are for. The same command goes on after an interruption:
 a run from its last checkpoint, what is done is not repeated.
 """
@@ -44,7 +44,8 @@ def train_one(args, run, key, seed):
     if (run / "last.pt").exists() and read_weights(run / "last.pt")["step"] >= args.steps:
         return
     flags = {"preset": args.preset, "data": Path(args.out, "latents"), "vae": args.vae, "out": run,
-             "seed": seed, "steps": args.steps, "batch-size": args.batch_size, "eval-every": 0, "save-every": 100}
+             "seed": seed, "steps": args.steps, "batch-size": args.batch_size, "eval-every": 0,
+             "save-every": 100}
     command = [sys.executable, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in flags.items())]
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "output.txt", "a") as log:

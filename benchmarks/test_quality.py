@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import validity
 from data import DataError
-from quality import EVERY, FIRST, NONE
+from quality import EVERY
 
 NETWORKS = Path(os.environ.get("RDTF_NETWORKS", features.NETWORKS))
 
