@@ -75,10 +75,12 @@ class Curriculum:
     (DCL). The history of losses is its whole state: losses[i] belongs to update i."""
 
     def __init__(self, kind, total, tasks=tuple(TASKS), made=False):
-        """total: updates of the run. made: a clip must have a frame that is not given (Config.clean)."""
+        """total: updates of the run. tasks: one that is named twice weighs twice. made: a clip must have a
+        frame that is not given (Config.clean)."""
         if kind not in ("none", "linear", "adaptive"):
             raise ValueError(f"curriculum {kind!r}: choose one of none, linear, adaptive")
-        self.kind, self.total, self.tasks, self.made = kind, max(total, 1), tuple(tasks), made
+        self.kind, self.total, self.tasks, self.made = kind, max(total, 1), tuple(dict.fromkeys(tasks)), made
+        self.times = np.array([tuple(tasks).count(t) for t in self.tasks])
         self.losses, self.scores = [], []
 
     def record(self, loss):
@@ -109,7 +111,7 @@ class Curriculum:
             w = np.array([(1 - u) * row.static[0] + u * row.static[1] for row in rows])
         if self.kind == "adaptive":
             w += [row.adaptive[0] + (row.adaptive[1] - row.adaptive[0]) * level / 4 for row in rows]
-        return w / w.sum()
+        return w * self.times / (w * self.times).sum()
 
     def allowed(self, task, n):
         """Can a clip of n real frames train this task?"""

@@ -7,6 +7,7 @@ stickers, finds those frames once, and keeps them in a memory-mapped store that 
     python data.py prepare my_stickers --out cache/mine --size 64         # a store of pixels
     python data.py prepare my_stickers --out cache/mine --size 128 --vae run/vae.pt      # ... of latents
     python data.py convert in.gif out.webp --size 512 --max-kb 500
+    python data.py convert in.gif --for telegram                    # or whatsapp, signal, discord, line
     python data.py info out.webp                                    # what it is, and the command that made it
 
 stickers/ holds scripts that build sets. Axis letters: t frame, c channel, h w rows and columns. A sticker is
@@ -18,16 +19,14 @@ import io
 import itertools
 import json
 import math
-import multiprocessing as mp
 import os
 import re
 import shutil
-import signal
+import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -118,17 +117,25 @@ def _limit(path, frames, size):
                         f"{MAX_FRAMES} frames, {MAX_TOTAL} pixels in all); make it smaller or shorter first")
 
 
-def _video_frames(path):
+def ffmpeg():
     try:
-        import imageio
-        import imageio_ffmpeg  # noqa: F401
+        import imageio_ffmpeg
+        return imageio_ffmpeg
     except ImportError as error:
-        raise DataError(f"{path}: reading video needs `pip install imageio-ffmpeg`") from error
-    with imageio.get_reader(path, format="ffmpeg") as reader:
-        meta = reader.get_meta_data()
-        for i, frame in enumerate(reader):
-            _limit(path, i + 1, meta["size"])
-            yield Image.fromarray(frame).convert("RGBA"), round(1000 / (meta.get("fps") or 25))
+        raise DataError("video (MP4, WebM) needs `pip install imageio-ffmpeg`") from error
+
+
+def _video_frames(path):
+    reader = ffmpeg().read_frames(str(path))
+    codec = next(reader)["codec"].split()[0]
+    reader.close()
+    own = {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])   # the others drop alpha
+    reader = ffmpeg().read_frames(str(path), "rgba", bits_per_pixel=32, input_params=own)
+    meta = next(reader)
+    for i, frame in enumerate(reader):
+        _limit(path, i + 1, meta["size"])
+        ms = [round(1000 * j / (meta["fps"] or 25)) for j in (i, i + 1)]
+        yield Image.frombytes("RGBA", meta["size"], frame), ms[1] - ms[0]
 
 
 def _image_frames(path):
@@ -159,7 +166,11 @@ def iter_frames(path):
         with open(path, "rb") as file:
             head = file.read(12)
         video = head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"    # MP4, WebM, whatever the name says
-        yield from (_video_frames if video else _image_frames)(path)
+        count = 0
+        for count, pair in enumerate((_video_frames if video else _image_frames)(path), 1):
+            yield pair
+        if not count:
+            raise DataError(f"{path}: no picture in it; replace or delete it")
     except DataError:
         raise
     except Exception as error:             # decoders raise nearly everything on damaged bytes
@@ -167,7 +178,7 @@ def iter_frames(path):
 
 
 def read_sticker(path):
-    """Reads GIF, WebP, APNG, PNG, JPEG, and MP4 or WebM (without alpha) if imageio-ffmpeg is installed.
+    """Reads GIF, WebP, APNG, PNG, JPEG, and MP4 or WebM if imageio-ffmpeg is installed.
 
     Returns (frames uint8 (t, h, w, 4) straight RGBA, durations: t ints in ms, [0] for a single picture).
     Colour under alpha 0 is 0. Raises DataError if a frame is damaged or a limit (MAX_*) is passed.
@@ -181,11 +192,95 @@ def read_sticker(path):
 # Writing
 
 LEVELS = {".webp": (None, 90, 75, 60, 45, 30, 15), ".gif": (255, 128, 64, 32, 16),      # quality, colours;
-          ".apng": (None, 128, 64, 32, 16), ".png": (None, 128, 64, 32, 16)}            # None: lossless
+          ".apng": (None, 128, 64, 32, 16), ".png": (None, 128, 64, 32, 16),            # None: lossless;
+          ".webm": (18, 26, 34, 42, 50, 63)}                                            # crf
+WORDS = {".webp": "quality", ".webm": "crf"}                      # what a level is; of the others: colours
 
 
-def _encode(suffix, frames, times, level, text):
-    """Straight frames -> bytes of a looping file."""
+class Platform(NamedTuple):
+    """What a platform takes as a moving sticker (2025-26), and how data.py writes a still one for it."""
+    suffix: str
+    width: int                               # pixels
+    height: int
+    rule: str                                # exact: padded; side: one side is just so; most: only shrunk
+    kb: int                                  # of 1000 bytes
+    fewest: int                              # frames
+    most: int
+    least_ms: float                          # per frame
+    seconds: float                           # in all, every loop
+    loops: int                               # the most; 0: for ever
+    whole_first: bool                        # it may stop at the first frame, which must show the sticker
+    still: str
+
+
+PLATFORMS = {
+    "telegram": Platform(".webm", 512, 512, "side", 256, 2, 90, 1000 / 30, 3, 0, False,
+                         "OUT.webp --size 512 --max-kb 512"),
+    "whatsapp": Platform(".webp", 512, 512, "exact", 500, 2, MAX_FRAMES, 10, 10, 0, True,
+                         "OUT.webp --size 512 --max-kb 100"),
+    "signal": Platform(".png", 512, 512, "most", 300, 2, MAX_FRAMES, 10, 3, 0, False,
+                       "OUT.png --size 512 --max-kb 300"),
+    "discord": Platform(".png", 320, 320, "exact", 512, 2, MAX_FRAMES, 10, 5, 0, False,
+                        "OUT.png --size 320 --max-kb 512"),
+    "line": Platform(".png", 320, 270, "side", 300, 5, 20, 10, 4, 4, True,
+                     "OUT.png --size 320 --max-kb 1000"),
+}
+
+
+def pick_by_time(times, count):
+    """Indices of the frames shown at the middles of `count` equal parts of the whole time."""
+    ends = np.cumsum(times)
+    return np.searchsorted(ends, (np.arange(count) + 0.5) * ends[-1] / count, "right")
+
+
+def fit_platform(frames, times, row):
+    """Straight frames and ms -> (frames, ms, loops, what was given up) within the limits of a Platform."""
+    count, total, lost = len(frames), sum(times), []
+    if not any((a != b).any() for a, b in zip(frames, frames[1:])):
+        raise DataError(f"a still picture, --for makes moving ones; use `data.py convert IN {row.still}`")
+    if total > 1000 * row.seconds:
+        lost.append(f"{row.seconds:g} of {total / 1000:.1f} seconds (it plays faster)")
+        times, total = [ms * 1000 * row.seconds / total for ms in times], 1000 * row.seconds
+    kept = max(row.fewest, min(count, row.most, int(total / row.least_ms + 1e-6)))
+    if lost or kept != count or min(times) < row.least_ms:
+        index = pick_by_time(times, kept)
+        frames, lost = frames[index], lost + [f"{len(set(index))} of {count} frames"] * (len(set(index)) < count)
+        times = np.diff(np.linspace(0, max(total, 10 * kept), kept + 1).round()).astype(int).tolist()
+    seen = (frames[..., 3] > 0).mean((1, 2))
+    first = int((seen >= seen.max() / 2).argmax()) if row.whole_first else 0
+    lost += [f"its start (it begins with frame {first + 1}, the first that shows enough)"] * (first > 0)
+    h, w = frames.shape[1:3]
+    side = min(row.width * max(w, h) // w, row.height * max(w, h) // h)        # the longer one
+    side = min(side, max(w, h)) if row.rule == "most" else side
+    frames = unpremultiply(fit_frames(np.roll(frames, -first, 0), side))
+    if row.rule != "exact":
+        h, w = (max(1, round(x * side / max(w, h))) for x in (h, w))
+        frames = frames[:, (side - h) // 2:, (side - w) // 2:][:, :h, :w]      # without the padding of fit
+    loops = max(1, min(row.loops, int(1000 * row.seconds / sum(times)))) if row.loops else 0
+    return frames, times[first:] + times[:first], loops, lost
+
+
+def _webm(frames, times, level, text):
+    """VP9 with alpha, of one frame rate, 30 a second at most."""
+    total = sum(times)
+    count = max(1, min(round(total / min(times)), total * 30 // 1000))
+    picked = frames[pick_by_time(times, count)]
+    with tempfile.TemporaryDirectory() as folder:            # a pipe can't take the length, written last
+        command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgba",
+                   "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", f"{1000 * count}/{total}",
+                   "-i", "-", "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", str(level), "-b:v", "0",
+                   "-auto-alt-ref", "0", "-deadline", "good", "-cpu-used", "4", "-threads", "2",
+                   *(["-metadata", f"comment={text}"] if text else []), f"{folder}/a.webm"]
+        done = subprocess.run(command, input=picked.tobytes(), capture_output=True)
+        if done.returncode:
+            raise DataError(f"ffmpeg: {' '.join(done.stderr.decode(errors='replace').split())[:200]}")
+        return Path(folder, "a.webm").read_bytes()
+
+
+def _encode(suffix, frames, times, level, text, loops=0, every=False):
+    """Straight frames -> bytes of a looping file. every: APNG keeps frames that equal the one before."""
+    if suffix == ".webm":
+        return _webm(frames, times, level, text)
     options, pictures = {}, [Image.fromarray(x) for x in frames]
     if suffix == ".webp":
         exif = Image.Exif()
@@ -217,14 +312,29 @@ def _encode(suffix, frames, times, level, text):
             pictures = [Image.fromarray(x) for x in tall.reshape(frames.shape)]
         options = {"format": "PNG", "pnginfo": info}
     if len(pictures) > 1:
-        options.update(save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        options.update(save_all=True, append_images=pictures[1:], duration=times, loop=loops)
+        if every:
+            options["disposal"] = [i % 2 for i in range(len(times))]   # Pillow joins only those that agree
     buffer = io.BytesIO()
     pictures[0].save(buffer, **options)
     return buffer.getvalue()
 
 
-def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, metadata=None):
-    """Writes a looping sticker; the suffix decides: .webp .gif .apng .png (frames side by side).
+def wanted_path(path, platform, default):
+    """The output's path: as given, else `default` with the platform's suffix; DataError for another."""
+    if platform and path not in ("", "-") and Path(path).suffix.lower() != PLATFORMS[platform].suffix:
+        raise DataError(f"{path}: --for {platform} writes {PLATFORMS[platform].suffix}; end it in that")
+    path = path or default + (PLATFORMS[platform].suffix if platform else ".webp")
+    if path != "-" and Path(path).suffix.lower() not in LEVELS:
+        raise DataError(f"{path}: can't write {Path(path).suffix or 'a name without suffix'}; end it in one of "
+                        f"{' '.join(LEVELS)}")
+    if Path(path).suffix.lower() == ".webm" or platform == "telegram":
+        ffmpeg()                                             # it may be missing: told before the work
+    return path
+
+
+def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, metadata=None, platform=""):
+    """Writes a looping sticker; the suffix decides: .webp .gif .apng .webm .png (frames side by side).
 
     frames uint8 (t, h, w, 4) straight RGBA; durations in ms, an int or t of them, at least 10 each (20 in
     GIF). WebP and APNG keep pixels and times exactly (WebP if lossless; colour under alpha 0 becomes 0); GIF
@@ -481,6 +591,10 @@ def decode_item(path, size, most, filters=FILTERS):
 
 def _run_pool(work, items, workers, timeout):
     """Yields work(item) in order, until one of the processes dies or takes over `timeout` s."""
+    import multiprocessing as mp                             # here: no other command needs these
+    import signal
+    from concurrent.futures import ProcessPoolExecutor, TimeoutError
+    from concurrent.futures.process import BrokenProcessPool
     pool = ProcessPoolExecutor(workers, mp.get_context("spawn"),       # fork is unsafe once torch has threads
                                initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:

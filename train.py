@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -44,10 +45,11 @@ from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Load
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
-BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent")]
-SMALL = dict(optimizer="muon", lr=0.01, weight_decay=0.5, schedule="cosine", noise_levels="normal", full=0.5)
+BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent:0.2")]
+SMALL = dict(optimizer="muon", lr=0.01, weight_decay=0.5, schedule="cosine", noise_levels="normal", full=0.7,
+             word_drop=0.1, tasks="t2v,t2v,t2v,i2v,it2v,predict_pre,predict_post,interpolate")
 RECIPES = {  # what the flags of a preset default to
-    "tiny": dict(SMALL, steps=700, batch_size=4, ema=0.998, warmup=50, vae_steps=600, vae_batch_size=16),
+    "tiny": dict(SMALL, steps=500, batch_size=8, ema=0.998, warmup=50, vae_steps=600, vae_batch_size=16),
     "base": dict(SMALL, steps=100_000, batch_size=16, ema=0.9999, warmup=1000, vae_steps=20_000,
                  vae_batch_size=32),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5; Stable Diffusion's autoencoder
@@ -91,11 +93,11 @@ def parser():
     a("--vae-lr", type=rate, default=0.02, help="peak learning rate of the autoencoder (Muon)")
     a("--vae-kl", type=rate, default=1e-4, help="weight of the KL term")
     a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: -, LCL, DCL")
-    a("--tasks", default=",".join(TASKS), help="comma-separated subset to train")
+    a("--tasks", help="comma-separated; one that is named twice weighs twice")
     a("--full", type=share, help="share of the clips that have all F frames, where they can")
     a("--min-frames", type=some, default=1, help="leave out stickers with fewer different frames")
     a("--drop", type=half, default=0.05, help="probability of dropping text and image, and of text alone")
-    a("--word-drop", type=share, default=0.2, help="probability that a word of the caption becomes #")
+    a("--word-drop", type=share, help="probability that a word of the caption becomes # (release: 0.2)")
     a("--noise-levels", choices=["uniform", "normal"], help="noise steps: uniform (paper), or normal log-SNR")
     a("--seed", type=count, default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -140,6 +142,7 @@ class Context:
             # the others wait while the main process evaluates, samples and saves
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(self.device)
+        self.ahead = kind == "cuda"                                         # batches are made while it works
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -242,10 +245,8 @@ LOG_SNR = torch.logit(alphas_cumprod()).numpy()                     # (1000,), f
 
 def noise_step(kind, generation, g, rng):
     """The noise step 0..999 of sample g. Neighbouring samples are spread evenly over the distribution.
-
     uniform: the paper's. normal: log-SNR ~ N(-0.6, 2), but 30 % of what is made from text alone is in the
-    noisiest fifth, where the caption decides (ours).
-    """
+    noisiest fifth, where the caption decides (ours)."""
     u = (g * 0.6180339887498949 + 0.5) % 1                           # golden-section sequence
     late = rng.random() < 0.3 and generation
     if kind == "uniform":
@@ -258,13 +259,12 @@ def noise_step(kind, generation, g, rng):
 
 def make_batch(rows, text, curriculum, weights, args, task=None):
     """list of `draw_row`s -> (kwargs of RDTF.forward, list of tasks).
-
     Task, masks, dropping, noise and its step of each clip are drawn here, from (seed, g) alone. Text and
     given frames are dropped here and nowhere else (release: text of i2v; the rest is ours: two-scale guidance
-    needs (no text, no image) and (no text, image) to be trained). task: take this one.
-    """
-    tasks, texts, cond, real, steps, noise = [], [], [], [], [], []
-    for clip, n, caption, g in rows:
+    needs (no text, no image) and (no text, image) to be trained). task: take this one."""
+    tasks, texts, cond, real, steps = [], [], [], [], []
+    noise = np.empty((len(rows), *rows[0][0].shape), np.float32)
+    for (clip, n, caption, g), mine in zip(rows, noise):
         rng = np.random.default_rng([args.seed, 3, g])
         drawn = curriculum.draw(weights, n, rng)
         tasks.append(task or drawn)
@@ -274,10 +274,29 @@ def make_batch(rows, text, curriculum, weights, args, task=None):
         cond.append(given & (u >= args.drop))
         real.append(frames)
         steps.append(noise_step(args.noise_levels, not given.any(), g, rng))
-        noise.append(rng.standard_normal(clip.shape, dtype=np.float32))
-    noise, cond, real = (torch.from_numpy(np.stack(x)) for x in (noise, cond, real))
-    return dict(x0=torch.stack([row[0] for row in rows]), noise=noise, t=torch.tensor(steps),
-                text=text.tokenize(texts), cond_mask=cond, frame_mask=real), tasks
+        rng.standard_normal(out=mine, dtype=np.float32)
+    cond, real = (torch.from_numpy(np.stack(x)) for x in (cond, real))
+    return dict(x0=torch.stack([row[0] for row in rows]), noise=torch.from_numpy(noise),
+                t=torch.tensor(steps), text=text.tokenize(texts), cond_mask=cond, frame_mask=real), tasks
+
+
+def prepare(step, model, stickers, order, curriculum, groups, args, ctx):
+    """All that the host does for an update -> (weights of the tasks, batches of its micro-steps, seconds).
+    A batch also has `table`: what each clip counts in each of the log's groups."""
+    weights, batches, began = curriculum.weights(step), [], time.perf_counter()
+    for micro in range(args.accumulation):
+        now = indices(step * args.accumulation + micro, args.batch_size, ctx)
+        rows = [draw_row(stickers, order, g, args) for g in now]
+        batch, drawn = make_batch(rows, model.text, curriculum, weights, args)
+        real, cond, table = batch["frame_mask"], batch["cond_mask"], torch.zeros(len(rows), len(groups))
+        counts = (real & ~cond if model.cfg.clean else real).float().mean(1)
+        for row, task, t, share in zip(table, drawn, batch["t"].tolist(), counts):
+            row[groups.index(task)] = row[t // 250 - 4] = share
+        batch["table"] = table
+        if ctx.device.type == "cuda":                                       # else its copy could wait
+            batch = {k: x.pin_memory() for k, x in batch.items()}
+        batches.append(batch)
+    return weights, batches, time.perf_counter() - began
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,9 +305,7 @@ def make_batch(rows, text, curriculum, weights, args, task=None):
 
 def orthogonal(m, steps=5):
     """(n, rows, columns) -> about the nearest matrices with orthonormal rows or columns.
-
-    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024), in bf16.
-    """
+    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024), in bf16."""
     tall = m.shape[1] > m.shape[2]
     x = m.bfloat16().mT if tall else m.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -300,7 +317,6 @@ def orthogonal(m, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest).
-
     Every update has the same size, so weights grow until the decay balances it. With a decay of 0.01 spectral
     norms reached 8 and the gradients exploded after 1,400 updates (benchmarks/README.md); 0.5 keeps them low.
     """
@@ -315,20 +331,20 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                m = self.state[p]["momentum"].lerp_(p.grad, 1 - beta)
-                shapes.setdefault(p.flatten(1).shape, []).append((p, p.grad.lerp(m, beta).flatten(1)))
-            for (rows, columns), pairs in shapes.items():                   # those of one shape together
-                for (p, _), u in zip(pairs, orthogonal(torch.stack([u for _, u in pairs]))):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(u.view_as(p), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+                shapes.setdefault(p.flatten(1).shape, []).append(p)
+            for (rows, columns), params in shapes.items():                  # few kernels: those of one shape
+                grads, m = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+                torch._foreach_lerp_(m, grads, 1 - beta)
+                u = orthogonal(torch.stack([x.flatten(1) for x in torch._foreach_lerp(grads, m, beta)]))
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(params, [x.view_as(p) for p, x in zip(params, u)],
+                                    alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def make_optimizers(module, kind, weight_decay):
     """-> list of optimizers, their shares of the learning rate.
-
     With muon AdamW trains what is no hidden matrix: norms, biases, embeddings, the entrance and the exit, and
-    STI's small parts, at a tenth of the rate and without decay.
-    """
+    STI's small parts, at a tenth of the rate and without decay."""
     params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     fused = params[0][1].device.type != "mps"
     adamw = dict(lr=0.0, betas=(0.9, 0.999), fused=fused)
@@ -476,10 +492,8 @@ def read_log(path):
 
 def picture_loss(y, x):
     """L1 + squared error + L1 of the gradients at three scales, of premultiplied RGBA and of RGB on white.
-
     (Ours.) A sticker is always seen on some background: black is premultiplied RGB itself, white the other
-    extreme. y, x: (n, 4, h, w) -> (n,).
-    """
+    extreme. y, x: (n, 4, h, w) -> (n,)."""
     e = torch.cat([y - x, (y[:, :3] - y[:, 3:]) - (x[:, :3] - x[:, 3:])], 1)
     loss = (e.abs() + 4 * e ** 2).flatten(1).mean(1)
     for _ in range(3):
@@ -491,10 +505,8 @@ def picture_loss(y, x):
 
 def transform(z, x, f, choice, share):
     """The same change of raw latents z and pictures x, f pixels per latent (EQ-VAE, arXiv 2502.09509).
-
     choice 0..5: mirrored, upside down, two quarter turns, smaller (share in [0, 1]: 0.6 to 1), moved by half
-    a latent. What decodes right after it has a spatial order that convolutions can use.
-    """
+    a latent. What decodes right after it has a spatial order that convolutions can use."""
     if choice < 2:
         return z.flip(choice - 2), x.flip(choice - 2)
     if choice < 4:
@@ -508,11 +520,9 @@ def transform(z, x, f, choice, share):
 
 def vae_losses(vae, x, noise, kl_weight, choice, share, finish):
     """Pictures (n, 4, h, w) -> losses (n,) of one update (ours).
-
     noise (n, c, h/f, w/f) serves twice: the posterior's sample, and extra noise of up to 0.3 standard
     deviations, since a network's latents are never exact. The first half of the batch is compared after a
-    `transform`. finish = True trains the decoder alone, on clean latents: the last part of a run.
-    """
+    `transform`. finish = True trains the decoder alone, on clean latents: the last part of a run."""
     if finish:
         with torch.no_grad():
             mean = vae.moments(x)[0]
@@ -592,11 +602,10 @@ def encode(stickers, vae, ctx):
         return stickers.encode(vae)
     batches = [shard[i:i + 32] for shard in stickers.shards for i in range(0, len(shard), 32)]
     mine = tqdm(batches[ctx.rank::ctx.world], "encoding", unit="batch", disable=ctx.quiet)
-    parts, latents = [None] * ctx.world, []
+    parts = [None] * ctx.world
     dist.all_gather_object(parts, [encode_frames(vae, x) for x in mine])
     made = (parts[i % ctx.world][i // ctx.world] for i in range(len(batches)))
-    for shard in stickers.shards:
-        latents.append(np.concatenate([next(made) for _ in range(0, len(shard), 32)]))
+    latents = [np.concatenate([next(made) for _ in range(0, len(x), 32)]) for x in stickers.shards]
     meta = make_meta(stickers.size, stickers.meta["frames"], vae)
     return Stickers(latents, stickers.index, stickers.text, meta)
 
@@ -703,7 +712,7 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
     samples.webp, one sticker per task and loss.png."""
     torch.manual_seed(args.seed)
     model = RDTF(cfg, args.text_encoder)
-    path, log, tasks, device = out / "last.pt", out / "log.jsonl", args.tasks.split(","), ctx.device
+    path, log, device = out / "last.pt", out / "log.jsonl", ctx.device
     if args.init and not path.exists():                                     # else the run goes on from there
         given = load_model(args.init)
         load_checkpoint(args.init, "main", asdict(cfg))
@@ -714,11 +723,13 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
     model.to(device).train()
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizers, shares = make_optimizers(model, args.optimizer, args.weight_decay)
-    curriculum = Curriculum(args.curriculum, args.steps, tasks, made=cfg.clean)
+    curriculum = Curriculum(args.curriculum, args.steps, args.tasks.split(","), made=cfg.clean)
+    tasks = list(curriculum.tasks)
     static = {"format": FORMAT, "stage": "main", "config": asdict(cfg), "args": vars(args),
               "fingerprint": stickers.meta["fingerprint"], "text_encoder": getattr(model.text, "paths", []),
               "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.fingerprint()}
-    ema, start = {}, 0
+    ema, start, groups, ready = {}, 0, tasks + ["q1", "q2", "q3", "q4"], None
+    drawn_from = model, stickers, order, curriculum, groups, args, ctx
     if path.exists() and not args.dry_run:
         saved = load_checkpoint(path, "main", static["config"])
         if saved["vae_id"] != static["vae_id"]:
@@ -726,6 +737,9 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
         if saved["fingerprint"] != static["fingerprint"] and ctx.main:
             print(f"note: the data changed since {path} was written; the run goes on with what is there now")
         ema, start = restore(saved, path, model, optimizers, device)
+        if ctx.ahead:                                                       # as below: without the last loss
+            curriculum.load_state_dict({k: v[:-1] for k, v in saved["curriculum"].items()})
+            ready = prepare(start, *drawn_from)
         curriculum.load_state_dict(saved["curriculum"])
         del saved                                                           # a second copy of everything
     # averaged weights begin as the weights that were loaded, where the checkpoint has none
@@ -741,7 +755,7 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
         model.net.compile()
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if ctx.world > 1 else model
     loaded, fixed = Loaded(model, vae, cfg, {}), validation_rows(stickers, shown, tasks, args)
-    global_batch, groups = args.batch_size * args.accumulation * ctx.world, tasks + ["q1", "q2", "q3", "q4"]
+    global_batch = args.batch_size * args.accumulation * ctx.world
     sums, bad, clock, data_time, done = torch.zeros(2 + 2 * len(groups)), 0, 0.0, 0.0, 0
 
     def save(step, file):
@@ -754,21 +768,13 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
     for step in range(start, steps):
         # ------------------------------------------------------------------------------------ one update
         began = time.perf_counter()
-        weights = curriculum.weights(step)
+        weights, batches, seconds = ready or prepare(step, *drawn_from)
+        data_time += seconds
         stats = torch.zeros(3 + 2 * len(groups), device=device)             # loss, norm, groups, stop
-        for micro in range(args.accumulation):
-            drawing = time.perf_counter()
-            now = indices(step * args.accumulation + micro, args.batch_size, ctx)
-            rows = [draw_row(stickers, order, g, args) for g in now]
-            kwargs, drawn = make_batch(rows, model.text, curriculum, weights, args)
-            counts = kwargs["frame_mask"] & ~kwargs["cond_mask"] if cfg.clean else kwargs["frame_mask"]
-            table = torch.zeros(len(rows), len(groups))                     # what a clip counts in each group
-            for row, task, t, share in zip(table, drawn, kwargs["t"].tolist(), counts.float().mean(1)):
-                row[groups.index(task)] = row[len(tasks) + t // 250] = share
-            kwargs, table = to_device(kwargs, device), to_device(table, device)
-            data_time += time.perf_counter() - drawing
-            last = micro == args.accumulation - 1
-            with nullcontext() if last or ctx.world == 1 else net.no_sync():
+        for micro, batch in enumerate(batches, 1):
+            kwargs = to_device(batch, device)
+            table = kwargs.pop("table")
+            with nullcontext() if micro == len(batches) or ctx.world == 1 else net.no_sync():
                 with ctx.autocast():
                     losses = net(**kwargs)                                  # (b,)
                 # DDP averages gradients over ranks, the loss is a sum over the global batch: undo the average
@@ -781,6 +787,8 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
         stats[-1] = float(STOP["since"] > 0)
         ctx.sum(stats)                                                      # each rank has a part of the mean
         stats[1] = norm
+        # the tasks of the next batch do not know the loss of this one yet, if the GPU works meanwhile
+        ready = prepare(step + 1, *drawn_from) if ctx.ahead and step + 1 < steps else None
         *values, stop = stats.tolist()                                      # the only wait for the device
         curriculum.record(values[0])
         bad = watch(values[0], bad, step + 1, path, args)
@@ -811,12 +819,12 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
             save(now, path)
         if keeping:
             save(now, path.with_name(f"{path.stem}-{now:07d}.pt"))
-        if ctx.main and not stop and (evaluating or final):
+        if ctx.main and not stop and (evaluating or sampling or final):
             with averaged(model, ema, args.compile):
-                write_line(log, {"step": now, "stage": "eval", **validate(model, fixed, ctx)})
-        if ctx.main and not stop and sampling and not final:
-            with averaged(model, ema, args.compile):
-                sample_sheet(loaded, stickers, shown, tasks, out, f"samples-{now:07d}")
+                if evaluating or final:
+                    write_line(log, {"step": now, "stage": "eval", **validate(model, fixed, ctx)})
+                if sampling and not final:
+                    sample_sheet(loaded, stickers, shown, tasks, out, f"samples-{now:07d}")
         if stop or limit:
             break
     bar.close()
@@ -847,7 +855,8 @@ def train(cfg, vae, stickers, order, shown, args, ctx, out):
 
 def resolve(args):
     """Fill in the preset's recipe, check what can be checked before anything is loaded -> Config."""
-    for key, value in {"accumulation": 1, **RECIPES[args.preset]}.items():
+    common = {"accumulation": 1, "tasks": ",".join(TASKS), "word_drop": 0.2}
+    for key, value in {**common, **RECIPES[args.preset]}.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.preset}"
@@ -873,13 +882,9 @@ def open_data(args, cfg):
     """--data -> (Stickers, Order of the training samples, held-out stickers in turn from each set)."""
     paths, shares, tasks = [], [], args.tasks.split(",")
     for spec in args.data:
-        path, _, share = spec.rpartition(":")
-        try:
-            share = float(share) if path and 0 < float(share) < 1 else None
-        except ValueError:
-            share = None
-        paths.append(spec if share is None else path)
-        shares.append(share)
+        named = re.fullmatch(r"(.+):(0?\.\d*[1-9]\d*)", spec)
+        paths.append(named[1] if named else spec)
+        shares.append(float(named[2]) if named else None)
     stickers, source = join([open_stickers(p, cfg.size, cfg.frames, args.hold_out) for p in paths])
     keep, probe = stickers.index["count"] >= args.min_frames, Curriculum("none", 1, tasks, made=cfg.clean)
     if not any(probe.allowed(t, 1) for t in tasks):

@@ -1,6 +1,6 @@
 """The README's pictures: held-out stickers beside what a checkpoint makes of them, in every mode.
 
-    python benchmarks/gallery.py --ckpt weights/stickers-64.pt --data cache/fluent --out assets/fluent
+    python benchmarks/gallery.py --ckpt CKPT --data cache/characters --more cache/fluent --out assets/samples
 
 writes OUT.webp, which moves (a row per sticker: truth, from text, from image + text, predicted from its first
 half, every second frame given), and OUT.png, all frames of it. The stickers are the first --count of the
@@ -21,12 +21,14 @@ COLUMNS = {"t2v": "text", "it2v": "image + text", "predict-post": "first half gi
 
 def gallery(args):
     model = rdtf.load_model(args.ckpt, args.device)
-    stickers = data.open_stickers(args.data, model.cfg.size)
-    _, truth, captions = quality.held_out(stickers, args.count, args.seed)
-    clips, seeds = [truth], list(range(len(truth)))
-    for mode in COLUMNS:
-        clips.append(quality.generate(model, truth, captions, quality.mode_of(mode)[0], args, seeds))
-    rows = [[quality.to_uint8(column[j]) for column in clips] for j in range(len(truth))]
+    rows, captions = [], []
+    for store in (args.data, *args.more):
+        _, truth, words = quality.held_out(data.open_stickers(store, model.cfg.size), args.count, args.seed)
+        clips, seeds = [truth], list(range(len(truth)))
+        for mode in COLUMNS:
+            clips.append(quality.generate(model, truth, words, quality.mode_of(mode)[0], args, seeds))
+        rows += [[quality.to_uint8(column[j]) for column in clips] for j in range(len(truth))]
+        captions += words
     data.save_sheet(f"{args.out}.webp", rows, captions)
     data.save_sheet(f"{args.out}.png", [clip for row in rows for clip in row],
                     [label for caption in captions for label in (caption, *COLUMNS.values())])
@@ -38,6 +40,7 @@ def main(arguments=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for flags in (quality.model_flags, quality.sampling_flags, quality.data_flags):
         flags(p)
+    p.add_argument("--more", nargs="*", default=[], metavar="DATA", help="further sets: as many rows of each")
     p.add_argument("--out", required=True, help="file stem of the pictures")
     p.set_defaults(count=5)
     try:
