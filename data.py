@@ -16,7 +16,6 @@ uint8 RGBA (t, h, w, 4): straight in files, premultiplied in training, where col
 import argparse
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -157,24 +157,31 @@ def _image_frames(path):
             yield (frame.crop((0, 0, *size)), ms) if count > 1 else (frame, 0)       # a GIF's may stick out
 
 
+def _is_video(path):
+    """MP4 or WebM, whatever the name says?"""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"
+
+
 def iter_frames(path):
     """Yields (PIL RGBA image, duration in ms) per frame; DataError for all that is no whole sticker."""
     path = Path(path)
     try:
-        if not path.is_file() or not 0 < path.stat().st_size <= MAX_BYTES:
-            raise DataError(f"{path}: not a file of 1 byte to {MAX_BYTES >> 20} MiB; correct or delete it")
-        with open(path, "rb") as file:
-            head = file.read(12)
-        video = head[4:8] == b"ftyp" or head[:4] == b"\x1aE\xdf\xa3"    # MP4, WebM, whatever the name says
+        if not path.is_file():
+            raise DataError(f"{path}: {'is a folder; name a file' if path.is_dir() else 'no such file'}")
+        if not 0 < path.stat().st_size <= MAX_BYTES:
+            raise DataError(f"{path}: is empty or over {MAX_BYTES >> 20} MiB; replace or delete it")
         count = 0
-        for count, pair in enumerate((_video_frames if video else _image_frames)(path), 1):
+        for count, pair in enumerate((_video_frames if _is_video(path) else _image_frames)(path), 1):
             yield pair
         if not count:
             raise DataError(f"{path}: no picture in it; replace or delete it")
     except DataError:
         raise
     except Exception as error:             # decoders raise nearly everything on damaged bytes
-        raise DataError(f"{path}: unreadable ({_reason(error, path)}); replace or delete it") from error
+        raise DataError(f"{path}: damaged, or no sticker: {_reason(error, path)}; "
+                        f"replace or delete it") from error
 
 
 def read_sticker(path):
@@ -194,60 +201,44 @@ def read_sticker(path):
 LEVELS = {".webp": (None, 90, 75, 60, 45, 30, 15), ".gif": (255, 128, 64, 32, 16),      # quality, colours;
           ".apng": (None, 128, 64, 32, 16), ".png": (None, 128, 64, 32, 16),            # None: lossless;
           ".webm": (18, 26, 34, 42, 50, 63)}                                            # crf
-WORDS = {".webp": "quality", ".webm": "crf"}                      # what a level is; of the others: colours
+WORDS = {".webp": "quality", ".webm": "quality crf"}              # what a level is; of the others: colours
 
 
-class Platform(NamedTuple):
-    """What a platform takes as a moving sticker (2025-26), and how data.py writes a still one for it."""
-    suffix: str
-    width: int                               # pixels
-    height: int
-    rule: str                                # exact: padded; side: one side is just so; most: only shrunk
-    kb: int                                  # of 1000 bytes
-    fewest: int                              # frames
-    most: int
-    least_ms: float                          # per frame
-    seconds: float                           # in all, every loop
-    loops: int                               # the most; 0: for ever
-    whole_first: bool                        # it may stop at the first frame, which must show the sticker
-    still: str
-
-
-PLATFORMS = {
-    "telegram": Platform(".webm", 512, 512, "side", 256, 2, 90, 1000 / 30, 3, 0, False,
-                         "OUT.webp --size 512 --max-kb 512"),
-    "whatsapp": Platform(".webp", 512, 512, "exact", 500, 2, MAX_FRAMES, 10, 10, 0, True,
-                         "OUT.webp --size 512 --max-kb 100"),
-    "signal": Platform(".png", 512, 512, "most", 300, 2, MAX_FRAMES, 10, 3, 0, False,
-                       "OUT.png --size 512 --max-kb 300"),
-    "discord": Platform(".png", 320, 320, "exact", 512, 2, MAX_FRAMES, 10, 5, 0, False,
-                        "OUT.png --size 320 --max-kb 512"),
-    "line": Platform(".png", 320, 270, "side", 300, 5, 20, 10, 4, 4, True,
-                     "OUT.png --size 320 --max-kb 1000"),
-}
+# What a platform takes as a moving sticker (2025-26). rule: "exact" = padded, "side" = one side is just so,
+# "most" = only shrunk. ms: the least per frame; seconds: the most, of all loops; loops: the most, 0 = for
+# ever; whole: the app may stop at the first frame, which must show the sticker; still: for a still one.
+Platform = namedtuple("Platform", "suffix width height rule kb fewest most ms seconds loops whole still")
+PLATFORMS = {name: Platform(*row) for name, *row in (
+    ("telegram", ".webm", 512, 512, "side", 256, 2, 90, 100 / 3, 3, 0, False, "webp --size 512 --max-kb 512"),
+    ("whatsapp", ".webp", 512, 512, "exact", 500, 2, 1000, 10, 10, 0, True, "webp --size 512 --max-kb 100"),
+    ("signal", ".png", 512, 512, "most", 300, 2, 150, 20, 3, 0, False, "png --size 512 --max-kb 300"),
+    ("discord", ".png", 320, 320, "exact", 512, 2, 250, 20, 5, 0, False, "png --size 320 --max-kb 512"),
+    ("line", ".png", 320, 270, "side", 300, 5, 20, 10, 4, 4, True, "png --size 320 --max-kb 1000"))}
 
 
 def pick_by_time(times, count):
     """Indices of the frames shown at the middles of `count` equal parts of the whole time."""
     ends = np.cumsum(times)
-    return np.searchsorted(ends, (np.arange(count) + 0.5) * ends[-1] / count, "right")
+    return np.searchsorted(ends, (np.arange(count) + 0.5) * ends[-1] / count)
 
 
 def fit_platform(frames, times, row):
     """Straight frames and ms -> (frames, ms, loops, what was given up) within the limits of a Platform."""
     count, total, lost = len(frames), sum(times), []
     if not any((a != b).any() for a, b in zip(frames, frames[1:])):
-        raise DataError(f"a still picture, --for makes moving ones; use `data.py convert IN {row.still}`")
+        raise DataError(f"--for makes moving stickers and this is a still picture; for a still one use "
+                        f"`data.py convert IN OUT.{row.still}`")
     if total > 1000 * row.seconds:
-        lost.append(f"{row.seconds:g} of {total / 1000:.1f} seconds (it plays faster)")
+        lost.append(f"{row.seconds:g} of {total / 1000:.4g} seconds (it plays faster)")
         times, total = [ms * 1000 * row.seconds / total for ms in times], 1000 * row.seconds
-    kept = max(row.fewest, min(count, row.most, int(total / row.least_ms + 1e-6)))
-    if lost or kept != count or min(times) < row.least_ms:
+    kept = max(row.fewest, min(count, row.most, int(total / row.ms + 1e-6)))
+    if lost or kept != count or min(times) < row.ms:
         index = pick_by_time(times, kept)
-        frames, lost = frames[index], lost + [f"{len(set(index))} of {count} frames"] * (len(set(index)) < count)
-        times = np.diff(np.linspace(0, max(total, 10 * kept), kept + 1).round()).astype(int).tolist()
+        frames, used = frames[index], len(set(index))
+        lost += [f"{used} of {count} frames"] * (used < count)
+        times = np.diff(np.linspace(0, max(total, row.ms * kept), kept + 1).round()).astype(int).tolist()
     seen = (frames[..., 3] > 0).mean((1, 2))
-    first = int((seen >= seen.max() / 2).argmax()) if row.whole_first else 0
+    first = int((seen >= seen.max() / 2).argmax()) if row.whole else 0
     lost += [f"its start (it begins with frame {first + 1}, the first that shows enough)"] * (first > 0)
     h, w = frames.shape[1:3]
     side = min(row.width * max(w, h) // w, row.height * max(w, h) // h)        # the longer one
@@ -323,12 +314,12 @@ def _encode(suffix, frames, times, level, text, loops=0, every=False):
 def wanted_path(path, platform, default):
     """The output's path: as given, else `default` with the platform's suffix; DataError for another."""
     if platform and path not in ("", "-") and Path(path).suffix.lower() != PLATFORMS[platform].suffix:
-        raise DataError(f"{path}: --for {platform} writes {PLATFORMS[platform].suffix}; end it in that")
+        raise DataError(f"--out {path}: end it in {PLATFORMS[platform].suffix}: --for {platform} writes that")
     path = path or default + (PLATFORMS[platform].suffix if platform else ".webp")
-    if path != "-" and Path(path).suffix.lower() not in LEVELS:
-        raise DataError(f"{path}: can't write {Path(path).suffix or 'a name without suffix'}; end it in one of "
-                        f"{' '.join(LEVELS)}")
-    if Path(path).suffix.lower() == ".webm" or platform == "telegram":
+    suffix = Path(path).suffix.lower()
+    if path != "-" and suffix not in LEVELS:
+        raise DataError(f"--out {path}: end it in one of {' '.join(LEVELS)}")
+    if suffix == ".webm" or platform == "telegram":
         ffmpeg()                                             # it may be missing: told before the work
     return path
 
@@ -338,47 +329,63 @@ def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, m
 
     frames uint8 (t, h, w, 4) straight RGBA; durations in ms, an int or t of them, at least 10 each (20 in
     GIF). WebP and APNG keep pixels and times exactly (WebP if lossless; colour under alpha 0 becomes 0); GIF
-    has 1 bit of alpha, 255 colours and steps of 10 ms. size > 0: fit into a square of this side first.
-    max_kb > 0: at most so many times 1000 bytes, by lower quality or fewer colours, then by fewer frames.
-    metadata: a dict for JSON, kept in the file. Returns dict(path, bytes, frames, message); the message says
-    what was given up. Raises DataError if it can't be done.
+    has 1 bit of alpha, 255 colours and steps of 10 ms; WebM is lossy, with one frame rate of 30 at most.
+    size > 0: fit into a square of this side first. max_kb > 0: at most so many times 1000 bytes, by lower
+    quality or fewer colours, then by fewer frames. platform: one of PLATFORMS: its limits hold instead (and
+    .png is an APNG). path "-": stdout. metadata: a dict for JSON, kept in the file. Returns dict(path, bytes,
+    frames, ms, message); the message says what was given up. Raises DataError if it can't be done.
     """
-    path = Path(path)
-    suffix, levels = path.suffix.lower(), LEVELS.get(path.suffix.lower())
-    if not levels:
-        raise DataError(f"{path}: can't write {suffix or 'a name without suffix'}; use one of "
-                        f"{' '.join(LEVELS)}")
-    frames = np.asarray(frames)
+    path = wanted_path(str(path), platform, "")
+    suffix = Path(path).suffix.lower() if path != "-" else ".webp"
+    frames, row, loops = np.asarray(frames), PLATFORMS.get(platform), 0
     if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
         raise DataError(f"{path}: frames must be uint8 (t, h, w, 4), not {frames.dtype} {frames.shape}")
-    times = [max(10, int(d)) for d in np.broadcast_to(durations, len(frames))]
-    frames = unpremultiply(fit_frames(frames, size)) if size else np.where(frames[..., 3:] > 0, frames, 0)
+    times, lost, count = [max(10, int(d)) for d in np.broadcast_to(durations, len(frames))], [], len(frames)
+    if row:
+        suffix, max_kb = row.suffix.replace(".png", ".apng"), row.kb
+        try:
+            frames, times, loops, lost = fit_platform(frames, times, row)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+    elif size:
+        frames = unpremultiply(fit_frames(frames, size))
+    frames = np.where(frames[..., 3:] > 0, frames, 0)
     if suffix == ".png":
         frames, times = np.concatenate(frames, 1)[None], times[:1]
     text = None if metadata is None else json.dumps(metadata)
-    levels = levels[1:] if suffix == ".webp" and not lossless else levels
+    levels = LEVELS[suffix][1:] if suffix == ".webp" and not lossless else LEVELS[suffix]
 
-    # all frames first, then every second, fourth, ... (two are the least that moves); from good to bad
-    steps = [1] + [2 ** i for i in range(1, 10) if len(frames[::2 ** i]) > 1]
-    for step, level in itertools.product(steps, levels):
+    def coded(step, level):
         merged = [sum(times[i:i + step]) for i in range(0, len(frames), step)]
-        data = _encode(suffix, frames[::step], merged, level, text)
-        if not max_kb or len(data) <= 1000 * max_kb:
-            break
-    else:
-        raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting; raise --max-kb {max_kb:g} "
-                        f"or lower --size")
+        return _encode(suffix, frames[::step], merged, level, text, loops, fewest > 2)
+
+    # all frames if the lowest level allows it, else every second, fourth, ..; then the best level that fits
+    fewest, step, level, limit = row.fewest if row else 2, 1, levels[0], 1000 * max_kb or math.inf
+    data = coded(step, level)
+    if len(data) > limit:
+        steps = [1] + [2 ** i for i in range(1, 10) if len(frames[::2 ** i]) >= fewest]
+        step = next((i for i in steps if len(data := coded(i, levels[-1])) <= limit), 0)
+        if not step:
+            advice = "make it simpler or shorter" if row else "raise --max-kb or lower --size"
+            raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting, over {max_kb:g}; "
+                            + advice)
+        level = next(x for x in levels if len(data := coded(step, x)) <= limit)
     kept = len(frames[::step])
-    lost = [f"{'quality' if suffix == '.webp' else 'colours'} {level}"] * (level != levels[0])
-    lost += [f"{kept} of {len(frames)} frames"] * (step > 1)
-    message = f"{path}: {' and '.join(lost)}, to stay under {max_kb:g} kB" if lost else ""
+    if step > 1:
+        lost = [x for x in lost if not x.endswith("frames")] + [f"{kept} of {count} frames"]
+    lost += [f"{WORDS.get(suffix, 'colours')} {level}"] * (level != levels[0])
+    why = f"for {platform}" if row else f"to stay under {max_kb:g} kB"
+    message = f"{path}: {' and '.join(lost)}, {why}" if lost else ""
     if message:
         print(message, file=sys.stderr)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    return {"path": str(path), "bytes": len(data), "frames": kept, "message": message}
+    if path == "-":
+        sys.__stdout__.buffer.write(data)                    # sys.stdout may have been turned to stderr
+    else:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(path).with_name(f".writing-{os.getpid()}.tmp")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    return {"path": path, "bytes": len(data), "frames": kept, "ms": sum(times), "message": message}
 
 
 def save_sheet(path, rows, labels=None):
@@ -582,10 +589,10 @@ def decode_item(path, size, most, filters=FILTERS):
             fitted.append(fit(frame, size))     # at once: a full-size frame is never kept
             duration += ms
     except DataError as error:
-        return "unreadable", str(error).removeprefix(f"{path}: ")
+        return "unreadable", str(error).removeprefix(f"{path}: ").removesuffix("; replace or delete it")
     decoded = keep_keyframes(np.stack(fitted), duration, most)
     if "entropy" in filters and _entropy(decoded.frames) < MIN_ENTROPY:
-        return "entropy", f"under {MIN_ENTROPY} bits: empty or one flat colour"
+        return "entropy", f"under {MIN_ENTROPY} bits: nearly empty or one flat colour"
     return "ok", decoded
 
 
@@ -976,10 +983,20 @@ def one_line(name, work):
     return 0
 
 
+def told(done):
+    """What write_sticker did, in a line."""
+    return f"{done['path']}: {done['frames']} frames, {done['ms']} ms, {done['bytes'] / 1000:.1f} kB"
+
+
 def read_metadata(path):
     """The dict that write_sticker kept in a file; {} without any."""
-    with Image.open(path, formats=IMAGES) as image:
-        text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(0x010E)
+    if _is_video(path):
+        command = [ffmpeg().get_ffmpeg_exe(), "-v", "quiet", "-i", str(path), "-f", "ffmetadata", "-"]
+        text = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
+        text = re.sub(r"\\(.)", r"\1", (re.findall(r"(?i)^comment=(.*)", text, re.M) or [""])[0])
+    else:
+        with Image.open(path, formats=IMAGES) as image:
+            text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(0x010E)
     try:
         return dict(json.loads(text or "{}"))
     except (ValueError, TypeError):
@@ -994,8 +1011,17 @@ def run(args):
         make_store(args, lambda vae: prepare(args.folder, args.out, args.size, vae, args.workers, filters,
                                              args.max_bad, args.hold_out, args.frames))
     elif args.command == "convert":
-        done = write_sticker(args.output, *read_sticker(args.input), size=args.size, max_kb=args.max_kb)
-        print(f"{args.output}: {done['frames']} frames, {done['bytes'] / 1000:.1f} kB")
+        if args.platform and (args.size or args.max_kb):
+            raise DataError("--size or --max-kb with --for: remove it, --for says both")
+        if not args.output and not args.platform:
+            raise DataError("no output: name a file, or say --for telegram (or another platform)")
+        source = Path(args.input)
+        out = wanted_path(args.output, args.platform, f"{source.stem}-{args.platform}")
+        if source.exists() and Path(out).exists() and source.samefile(out):
+            raise DataError(f"{out}: is the input; choose another output")
+        done = write_sticker(out, *read_sticker(args.input), size=args.size, max_kb=args.max_kb,
+                             platform=args.platform)
+        print(told(done), file=sys.stderr if out == "-" else None)
     else:
         frames, times = read_sticker(args.input)
         print(f"{args.input}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}, {sum(times)} ms")
@@ -1020,7 +1046,9 @@ def main(arguments=None):
       help="share never trained on of 40 stickers or more, where metadata.jsonl names no split; 0: none")
     a = commands.add_parser("convert", help="write a sticker in another format, size or quality").add_argument
     a("input", help="sticker file")
-    a("output", help=f"the suffix decides: {' '.join(LEVELS)}")
+    a("output", nargs="?", default="",
+      help=f"the suffix decides: {' '.join(LEVELS)}; - writes to stdout; default with --for: INPUT-PLATFORM")
+    a("--for", dest="platform", default="", choices=list(PLATFORMS), help="all limits of this platform hold")
     a("--size", type=number(int, 0, 4096), default=0, help="fit into a square of this side; 0: as it is")
     a("--max-kb", type=number(float, 0), default=0, help="largest file in kB (1000 bytes); 0: no limit")
     a = commands.add_parser("info", help="frames, times, and the command that made a file").add_argument

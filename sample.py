@@ -7,6 +7,7 @@
     python sample.py --mode predict --input start.gif --given 4 [--backward]  # frames after (before)
     python sample.py --mode loop --image cat.png                              # ends where it begins
     python sample.py --mask 10010001 --input sticker.webp                     # any pattern: 1 = given
+    python sample.py --text "a cat waving" --for telegram                     # a file it takes
 
 Without --ckpt: the newest run under runs/, else the checkpoint in weights/. Given frames come back untouched.
 Stickers longer than the model's clip are made window after window. Every file carries the command that made
@@ -14,17 +15,20 @@ it: `python data.py info FILE`.
 """
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")    # on busy cores waiting threads spin for 20 s of CPU
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from curriculum import make_masks
-from data import (LEVELS, DataError, fit_frames, number, read_sticker, save_sheet, to_straight, unpremultiply,
-                  write_sticker)
+from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, read_sticker, save_sheet, to_straight,
+                  told, unpremultiply, wanted_path, write_sticker)
 from rdtf import SAMPLERS, load_model, sample_clips
 
 HERE = Path(__file__).parent
@@ -226,12 +230,14 @@ def parser():
     a("--image-scale", type=scale,
       help="guidance by the given frames, 1 = none; default: the checkpoint's; not for tiny and base, which "
            "diffuse the difference to them")
-    a("--out", default="sticker.webp",
-      help=f"file, suffix {' '.join(LEVELS)} (.png: frames side by side); several seeds: NAME-SEED")
+    a("--out", default="",
+      help=f"file, suffix {' '.join(LEVELS)} (.png: frames side by side), or - for stdout; several seeds: "
+           "NAME-SEED; default: sticker.webp, with --for its suffix")
+    a("--for", dest="platform", default="", choices=list(PLATFORMS), help="all limits of this platform hold")
     a("--duration", type=number(int, 0), default=0,
       help=f"ms per frame; 0 = the input's mean (interpolate: its whole duration is kept), else {DURATION}")
     a("--size", type=number(int, 0, 4096), default=0, help="edge of the file in pixels, 0 = the model's")
-    a("--max-kb", type=count, default=0, help="largest file, kB, 0 = no limit (Telegram 256, WhatsApp 500)")
+    a("--max-kb", type=count, default=0, help="largest file, kB, 0 = no limit; see --for")
     a("--device", default="auto", help="auto (default), cpu, cuda or mps")
     a("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where it is fast")
     return p
@@ -240,7 +246,7 @@ def parser():
 def check(args):
     """Each wrong combination says what to add or remove. Needs no model; settles the mode."""
     a = args
-    a.asked = a.mode
+    a.asked, a.out = a.mode, wanted_path(a.out, a.platform, "sticker")
     a.mode = a.mode or ("generate" if a.mask or a.image or a.text and not a.input else "interpolate")
     only = {"given": "predict", "backward": "predict", "factor": "interpolate"}
     for bad, message in [
@@ -264,7 +270,8 @@ def check(args):
         (a.frames and a.mode == "interpolate", "--frames with --mode interpolate: use --length"),
         (a.frames == 1 and a.mode == "predict", "--frames 1 with --mode predict: there is nothing to make"),
         (a.duration and a.duration < 10, f"--duration {a.duration}: at least 10 ms"),
-        (Path(a.out).suffix.lower() not in LEVELS, f"--out {a.out}: end it in one of {' '.join(LEVELS)}"),
+        (a.platform and (a.size or a.max_kb), "--size or --max-kb with --for: remove it, --for says both"),
+        (a.platform and a.frames == 1, "--frames 1 with --for: a moving sticker has 2 frames or more"),
         (Path(a.out).is_dir(), f"--out {a.out}: is a folder; name a file"),
         (Path(a.out) in map(Path, [a.image, *a.input]), f"--out {a.out}: is the input; choose another"),
     ]:
@@ -293,6 +300,8 @@ def run(args, command):
     """Everything that can be refused is refused before the first step."""
     check(args)
     seeds, out, kind = parse_seeds(args.seeds), Path(args.out), args.device
+    if args.out == "-" and len(seeds) > 1:
+        raise DataError(f"--out - with --seeds {args.seeds}: stdout takes one sticker; name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -336,10 +345,10 @@ def run(args, command):
                     frames[i] = straight[j]
             path = out if len(seeds) == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}")
             ms = frame_times(args, times, len(frames))
-            info = write_sticker(path, frames, ms, max_kb=args.max_kb, size=args.size,
+            info = write_sticker(path, frames, ms, max_kb=args.max_kb, size=args.size, platform=args.platform,
                                  metadata={"command": f"{command} --seeds {seed}", **loaded.meta})
             clips.append(frames)
-            bar.write(f"{path}: {info['frames']} frames, {sum(ms)} ms, {info['bytes'] / 1000:.1f} kB")
+            bar.write(told(info))
     bar.close()
     if len(seeds) > 1:
         sheet = out.with_name(f"{out.stem}-sheet.png")
@@ -351,7 +360,9 @@ def run(args, command):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
-        run(parser().parse_args(argv), shlex.join(["python", "sample.py", *argv]))
+        args = parser().parse_args(argv)
+        with contextlib.redirect_stdout(sys.stderr if args.out == "-" else sys.stdout):
+            run(args, shlex.join(["python", "sample.py", *argv]))
         return
     except (DataError, ImportError, ValueError) as e:
         message = (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -209,9 +209,12 @@ def test_colours_of_unusual_modes(odd):
 
 
 def test_video_reads_where_its_decoder_is_installed(tmp_path):
-    pytest.importorskip("imageio_ffmpeg")
-    import imageio
-    imageio.mimwrite(tmp_path / "a.mp4", moving(5)[..., :3], fps=20)
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="video needs imageio-ffmpeg")
+    writer = ffmpeg.write_frames(str(tmp_path / "a.mp4"), (32, 32), fps=20)
+    writer.send(None)
+    for frame in moving(5)[..., :3]:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
     frames, times = data.read_sticker(tmp_path / "a.mp4")
     assert frames.shape == (5, 32, 32, 4) and times == [50] * 5 and frames[..., 3].min() == 255
 
@@ -691,8 +694,9 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
                               ("no prepared store", "prepare", good, "--out", "."),
                               ("README.md: no", "prepare", good, "--out", out, "--vae", ROOT / "README.md"),
                               ("unfinished.pt: no", "prepare", good, "--out", out, "--vae", "unfinished.pt"),
-                              ("not a file", "convert", tmp_path / "no.gif", tmp_path / "o.webp"),
-                              ("not a file", "info", tmp_path / "no.gif"),
+                              ("no such file", "convert", tmp_path / "no.gif", tmp_path / "o.webp"),
+                              ("no such file", "info", tmp_path / "no.gif"),
+                              ("is a folder", "info", tmp_path / "good"),
                               (".bmp", "convert", good / "0000 thing.webp", tmp_path / "o.bmp"),
                               ("nowhere", "prepare", good, "--out", "/proc/nowhere/store")):
         assert data.main([str(a) for a in arguments]) == 2, arguments

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -378,6 +380,28 @@ def test_size_limit_and_fitting(here, capsys):
     assert "first 64 bytes" in capsys.readouterr().err and (here / "deep/er/t.webp").exists()
 
 
+@pytest.mark.parametrize("flags, start", [("", b"RIFF"), ("--for line", b"\x89PNG")])
+def test_stdout_gets_the_sticker_and_nothing_else(here, flags, start):
+    command = [sys.executable, sample.__file__, *"--ckpt micro.pt --mode loop --image soft.webp".split(),
+               "--steps", "1", "--out", "-", *flags.split()]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith(start) and b"7 frames" in done.stderr
+    (here / "out").write_bytes(done.stdout)
+    assert len(read_sticker("out")[0]) == 7 and "--out -" in read_metadata("out")["command"]
+    assert not (here / "-").exists() and not (here / "sticker.webp").exists()
+
+
+def test_for_a_platform_the_name_gets_its_suffix(here, capsys):
+    cli("--text cat --steps 1 --for whatsapp")
+    assert read_sticker("sticker.webp")[0].shape == (8, 512, 512, 4)
+    cli("--text cat --steps 1 --for line --seeds 0-1 --frames 6 --out a.png")
+    for seed in "01":
+        frames, times = read_sticker(f"a-{seed}.png")
+        assert frames.shape == (6, 270, 270, 4) and sum(times) == 750
+        assert "--for line" in read_metadata(f"a-{seed}.png")["command"]
+    assert len(read_sticker("a-sheet.webp")[0]) == 6, "the sheet moves"
+
+
 WRONG = {   # flags -> what the line must name
     "--image one.webp --input soft.webp": "--image and --input",
     "--mode interpolate --input one.webp": "2 keyframes",
@@ -417,6 +441,11 @@ WRONG = {   # flags -> what the line must name
     "--text cat --duration 5": "--duration 5",
     "--text cat --out cat": "--out cat: end it in",
     "--text cat --out one.webp/x.webp": "one.webp",
+    "--text cat --for line --out x.webp": "--out x.webp: end it in .png",
+    "--text cat --for line --size 64": "--size or --max-kb with --for",
+    "--text cat --for line --frames 1": "--frames 1 with --for",
+    "--text cat --for myspace": "--for",
+    "--text cat --out - --seeds 0-3": "one sticker",
     "--image soft.webp --out ./soft.webp": "is the input",
     "--text cat --speed 3": "--speed",
     "--image missing.png": "missing.png",
