@@ -45,6 +45,7 @@ from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Load
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
+LOG_SNR = torch.logit(alphas_cumprod()).numpy()                             # of a noise step, falling
 BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent:0.2")]
 SMALL = dict(optimizer="muon", lr=0.01, weight_decay=0.5, schedule="cosine", noise_levels="normal", full=0.7,
              word_drop=0.1, tasks="t2v,t2v,t2v,i2v,it2v,predict_pre,predict_post,interpolate")
@@ -240,9 +241,6 @@ def indices(micro, batch, ctx):
     return range(first, first + batch)
 
 
-LOG_SNR = torch.logit(alphas_cumprod()).numpy()                     # (1000,), falling
-
-
 def noise_step(kind, generation, g, rng):
     """The noise step 0..999 of sample g. Neighbouring samples are spread evenly over the distribution.
     uniform: the paper's. normal: log-SNR ~ N(-0.6, 2), but 30 % of what is made from text alone is in the
@@ -369,9 +367,8 @@ def update_weights(optimizers, shares, lr, params, ema, decay, step, grad_clip):
     """Clip, step, average -> gradient norm. A broken gradient counts as zero. The average is short at first,
     so that it forgets the random start (ours)."""
     norm = nn.utils.clip_grad_norm_(params.values(), grad_clip or math.inf)
-    for p in params.values():
-        if p.grad is not None:
-            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+    for p in (p for p in params.values() if p.grad is not None):
+        p.grad.nan_to_num_(0.0, 0.0, 0.0)
     for optimizer, share in zip(optimizers, shares):
         for group in optimizer.param_groups:
             group["lr"] = lr * share
@@ -570,9 +567,8 @@ def train_vae(cfg, stickers, order, args, ctx, out):
         with ctx.autocast():
             loss = vae_losses(vae, x, noise, args.vae_kl, choice, share, step >= 0.85 * steps).mean()
         loss.backward()
-        for p in params.values():                                           # not DDP: the encoder may rest
-            if p.grad is not None:
-                ctx.sum(p.grad.div_(ctx.world))
+        for p in (p for p in params.values() if p.grad is not None):        # not DDP: the encoder may rest
+            ctx.sum(p.grad.div_(ctx.world))
         lr = learning_rate(step, args.vae_lr, min(50, steps), "cosine", steps)
         norm = update_weights(optimizers, shares, lr, params, ema, 0.999, step, args.grad_clip)
         stats = torch.tensor([0.0, STOP["since"] > 0], device=ctx.device)
@@ -865,9 +861,8 @@ def resolve(args):
     if args.dry_run and args.stage == "vae":
         raise DataError("--dry-run with --stage vae: remove one")
     shipped = str(SHIPPED) if args.preset in ("tiny", "base") and SHIPPED.exists() else ""
-    args.vae = args.vae or args.init or shipped
-    if args.vae == "train" or args.stage == "vae":
-        args.vae = ""
+    training = args.vae == "train" or args.stage == "vae"
+    args.vae = "" if training else args.vae or args.init or shipped
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
     settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())

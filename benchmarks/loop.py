@@ -2,8 +2,11 @@
 
     python benchmarks/loop.py                                     # preset tiny, synthetic stickers
     python benchmarks/loop.py --updates 100 --preset base --data cache/fluent128
+    python benchmarks/loop.py --rate 3000 --batch-size 128        # what the host adds beside a GPU so fast
 
-An untrained autoencoder makes the latents, time does not depend on weights. Wall-clock: use an idle machine.
+--rate: in place of the network a clock stands for a GPU that trains so many clips a second. As on a GPU, it
+works while the next batches are made, and the loop waits for it where it reads the loss. An untrained
+autoencoder makes the latents, time does not depend on weights. Wall-clock: use an idle machine.
 """
 
 import argparse
@@ -20,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 
-SPENT = {}
+SPENT, CLIPS = {}, [0]
 
 
 def timed(owner, name, label):
@@ -36,6 +39,31 @@ def timed(owner, name, label):
     setattr(owner, name, wrapper)
 
 
+def fake_gpu(rate):
+    """The network costs nothing; an update has its loss when a GPU of so many clips a second would."""
+    init, record, ready = train.Context.__init__, train.Curriculum.record, [0.0]
+
+    def context(self, args):
+        init(self, args)
+        self.ahead = True
+
+    def update(optimizers, shares, lr, params, *rest):
+        ready[0] = time.perf_counter() + CLIPS[0] / rate
+        return torch.zeros(())
+
+    def read(self, loss):                                                   # right after the loss is read
+        time.sleep(max(0.0, ready[0] - time.perf_counter()))
+        record(self, loss)
+
+    def forward(self, x0, **rest):
+        CLIPS[0] = len(x0)
+        return torch.ones(len(x0), requires_grad=True)
+
+    train.Context.__init__, train.Curriculum.record = context, read
+    train.RDTF.forward, train.update_weights = forward, update
+    train.validate, train.plot_log = lambda *args: {}, lambda *args: None
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -44,12 +72,15 @@ def main():
     p.add_argument("--updates", type=int, default=30, help="updates to time, the first two excluded")
     p.add_argument("--batch-size", type=int, default=0, help="clips per process, 0 = the preset's")
     p.add_argument("--precision", default="auto", help="as in train.py")
+    p.add_argument("--rate", type=float, default=0, help="clips a second of a GPU that a clock stands for")
     own = p.parse_args()
     cfg = train.Config(**train.PRESETS[own.preset])
     train.sample_sheet = lambda *args, **kwargs: None
     timed(train, "write_line", "log")
     timed(train.Curriculum, "record", "curriculum")
     timed(train, "save_checkpoint", "save")
+    if own.rate:
+        fake_gpu(own.rate)
     with tempfile.TemporaryDirectory() as folder:
         vae = train.AutoencoderKL(cfg)
         torch.save({"vae": vae.state_dict(), "config": asdict(cfg)}, Path(folder, "vae.pt"))
@@ -64,6 +95,9 @@ def main():
     waited = np.array([x["data"] for x in lines]) * seconds
     log = np.array(SPENT["log"][2:own.updates]) + np.array(SPENT["curriculum"][2:])
     whole = seconds.sum() / 100
+    if own.rate:
+        ideal = (own.batch_size or train.RECIPES[own.preset]["batch_size"]) / own.rate
+        print(f"the host adds {np.median(seconds) / ideal - 1:.1%} to an update of {1e3 * ideal:.1f} ms")
     print(f"update {np.median(seconds) * 1e3:.1f} ms (median of {len(lines)})\n"
           f"batches (clips, masks, noise) {np.median(waited) * 1e3:.2f} ms = {waited.sum() / whole:.2f} %\n"
           f"log and curriculum, a line per update {np.median(log) * 1e3:.2f} ms = {log.sum() / whole:.2f} %\n"

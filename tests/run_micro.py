@@ -31,8 +31,8 @@ rdtf.PRESETS["micro64"] = rdtf.PRESETS["micro"] | dict(widths=(64,))
 rdtf.PRESETS["paperlike"] = SMALL                  # what `tiny` adds is off: eps, given frames in the loss
 for preset in ("micro", "micro64", "paperlike"):
     train.RECIPES[preset] = dict(steps=6, batch_size=2, optimizer="adamw", lr=1e-3, weight_decay=0.01,
-                                 ema=0.9, warmup=2, schedule="cosine", noise_levels="normal", full=0.3, vae_steps=4,
-                                 vae_batch_size=2)
+                                 ema=0.9, warmup=2, schedule="cosine", noise_levels="normal", full=0.3,
+                                 vae_steps=4, vae_batch_size=2)
 train.validation_rows = functools.partial(train.validation_rows, count=6)
 sheet = train.sample_sheet
 train.sample_sheet = lambda loaded, stickers, items, *a, **k: sheet(loaded, stickers, items[:1], *a, **k)
@@ -127,9 +127,21 @@ def nan_losses(first, last):
 
 
 def eager_backend():
-    """--compile without a compiler: Dynamo's graph, in one piece, as it is (AOT autograd takes 16 s more)."""
+    """--compile without a compiler: Dynamo's graph, in one piece, as it is (AOT autograd takes 16 s more).
+    One graph serves all updates, or shapes change."""
+    torch._dynamo.config.error_on_recompile = True
     compiled = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self: compiled(self, backend="eager", fullgraph=True)
+
+
+def work_ahead():
+    """As on a GPU: the next batches are made while this device works."""
+    init = train.Context.__init__
+
+    def ahead(self, args):
+        init(self, args)
+        self.ahead = True
+    train.Context.__init__ = ahead
 
 
 def dump_latents(path):
