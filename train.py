@@ -957,7 +957,7 @@ def export(args):
     data = load_checkpoint(path, stage)
     if "vae" not in data:
         raise DataError(f"--export: the training of {path} has not ended; the same command goes on")
-    kept = ("format", "stage", "step", "config", "args", "vae_id", "text_encoder", "fingerprint")
+    kept = ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")
     small = {k: data[k] for k in kept if k in data}
     small["vae"] = {k: v.half() for k, v in data["vae"].items()}
     if stage == "main":
