@@ -19,14 +19,26 @@ def test_it_is_small_and_brings_the_autoencoder_of_new_runs():
     loaded = load_model(sample.SHIPPED)
     assert loaded.cfg.size == 64 and loaded.meta["step"] > 0
     assert loaded.meta["vae_id"] == loaded.vae.fingerprint()
-    args, _ = train.resolve(train.parser().parse_args([]))
+    args = train.parser().parse_args([])
+    train.resolve(args)
     assert Path(args.vae) == sample.SHIPPED
 
 
-@pytest.mark.parametrize("name", ["fluent/1f525", "fluent/1f680", "characters/00000000"])
-def test_frames_between_are_nearer_to_the_truth_than_their_neighbours(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("channel, caption", enumerate(["a red face with horns, winking",
+                                                        "a green critter with a fin, jumping",
+                                                        "a blue pot with a flower, shaking"]))
+def test_the_colour_is_that_of_the_caption(tmp_path, monkeypatch, channel, caption):
     monkeypatch.chdir(tmp_path)                             # no runs/ here: the shipped one is taken
-    path = STICKERS / f"{name}.webp"
+    sample.main(["--text", caption])
+    frames = read_sticker("sticker.webp")[0]
+    assert len(frames) == 8 and 0.05 < (frames[..., 3] > 128).mean() < 0.7
+    assert premultiply(frames)[..., :3].mean((0, 1, 2)).argmax() == channel
+
+
+@pytest.mark.parametrize("name", ["00000001", "00000002", "00000007"])
+def test_frames_between_of_moving_characters_are_nearer_to_the_truth_than_their_neighbours(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)                             # no runs/ here: the shipped one is taken
+    path = STICKERS / "characters" / f"{name}.webp"
     sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7"])
     made, truth = (premultiply(read_sticker(p)[0][:7]).astype(float) / 255 for p in ("sticker.webp", path))
     assert np.array_equal(made[::2], truth[::2])
