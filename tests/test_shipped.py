@@ -36,7 +36,7 @@ def test_the_colour_is_that_of_the_caption(tmp_path, monkeypatch, channel, capti
 
 
 @pytest.mark.parametrize("name", ["00000001", "00000002", "00000007"])
-def test_frames_between_of_moving_characters_are_nearer_to_the_truth_than_their_neighbours(tmp_path, monkeypatch, name):
+def test_frames_between_of_moving_characters_are_nearer_than_copies(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)                             # no runs/ here: the shipped one is taken
     path = STICKERS / "characters" / f"{name}.webp"
     sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7"])
