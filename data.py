@@ -602,10 +602,14 @@ def _run_pool(work, items, workers, timeout):
     import signal
     from concurrent.futures import ProcessPoolExecutor, TimeoutError
     from concurrent.futures.process import BrokenProcessPool
-    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"),       # fork is unsafe once torch has threads
-                               initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"))       # fork is unsafe once torch has threads
     try:
-        for future in [pool.submit(work, item) for item in items]:
+        # a Ctrl-C reaches this process only, once the others have started: they inherit that it is blocked
+        block = getattr(signal, "pthread_sigmask", lambda how, signals: ())             # not on Windows
+        old = block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
+        futures = [pool.submit(work, item) for item in items]
+        block(getattr(signal, "SIG_SETMASK", 0), old)
+        for future in futures:
             yield future.result(timeout)
     except (BrokenProcessPool, TimeoutError):
         return
