@@ -642,14 +642,12 @@ def in_order(work, items, workers, timeout=120):
             yield result or ("unreadable", f"its decoder crashed or took over {timeout:g} s; delete it")
 
 
-def decode(items, size, most, filters, workers, seen):
-    """-> (rows: list of (Item, Decoded), left out: list of (reason, name, text)).
-
-    seen: digests of the stickers so far -> name; what looks exactly like one of them is a duplicate.
-    """
+def sort_out(results, filters, seen):
+    """(Item, (reason, Decoded or text)) of each file -> (rows: list of (Item, Decoded), left out: list of
+    (reason, name, text)). seen: digests of the stickers so far -> name; what looks exactly like one of them
+    is a duplicate."""
     rows, left_out = [], []
-    work = partial(decode_item, size=size, most=most, filters=filters)
-    for item, (reason, result) in zip(items, in_order(work, [i.path for i in items], workers)):
+    for item, (reason, result) in results:
         first = seen.setdefault(_digest(result), item.name) if reason == "ok" else item.name
         if first != item.name and "duplicate" in filters:
             reason, result = "duplicate", f"same frames as {first}"
@@ -658,6 +656,12 @@ def decode(items, size, most, filters, workers, seen):
         else:
             left_out.append((reason, item.name, result))
     return rows, left_out
+
+
+def decode(items, size, most, filters, workers, seen):
+    """Reads files -> what `sort_out` gives."""
+    work = partial(decode_item, size=size, most=most, filters=filters)
+    return sort_out(zip(items, in_order(work, [i.path for i in items], workers)), filters, seen)
 
 
 def report(folder, total, left_out, max_bad):

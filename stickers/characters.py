@@ -274,12 +274,12 @@ def write(index, folder, size, frames, colours=0):
 
 
 def limit_colours(clip, count):
-    """Straight RGBA uint8 (t, h, w, 4) -> the same with at most count colours in all frames together, and alpha
-    in ALPHAS steps: at 64 pixels a difference of 0.5 of 255 on average, and half the bytes."""
+    """Straight RGBA uint8 (t, h, w, 4) -> the same with at most count colours in all frames together, and
+    alpha in ALPHAS steps: at 64 pixels a difference of 0.5 of 255 on average, and half the bytes."""
     alpha = np.rint(np.rint(clip[..., 3] * (ALPHAS / 255)) * (255 / ALPHAS)).astype(np.uint8)
     seen, out = alpha > 0, np.zeros_like(clip)
-    few = Image.fromarray(clip[seen][None, :, :3]).quantize(count, method=Image.Quantize.MAXCOVERAGE, kmeans=3,
-                                                            dither=Image.Dither.NONE)
+    few = Image.fromarray(clip[seen][None, :, :3])
+    few = few.quantize(count, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     out[seen, :3], out[seen, 3] = np.asarray(few.convert("RGB"))[0], alpha[seen]
     return out
 

@@ -24,8 +24,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (  # noqa: E402
     FILTERS, IMAGES, MAX_ASPECT, MAX_FRAMES, MAX_PIXELS, MIN_ENTROPY, MIN_SIDE, SHARD, DataError, Item,
-    _digest, _entropy, encode_frames, fit, in_order, is_held_out, keep_keyframes, make_meta, make_store,
-    number, one_line, pack, report, write_store)
+    _entropy, encode_frames, fit, in_order, is_held_out, keep_keyframes, make_meta, make_store,
+    number, one_line, pack, report, sort_out, write_store)
 
 FRAME_MS = 125
 
@@ -110,15 +110,9 @@ def vsd2m(labels, path, out, size, vae=None, workers=0, filters=FILTERS, hold_ou
     work = partial(decode_label, path=path, size=size, most=most, filters=filters)
 
     def make(i, seen):
-        kept, left_out, part = [], [], rows[i * SHARD:(i + 1) * SHARD]
-        for (item, _), (reason, result) in zip(part, in_order(work, part, workers)):
-            first = seen.setdefault(_digest(result), item.name) if reason == "ok" else item.name
-            if first != item.name and "duplicate" in filters:
-                reason, result = "duplicate", f"same frames as {first}"
-            if reason == "ok":
-                kept.append((item, result))
-            else:
-                left_out.append((reason, item.name, result))
+        part = rows[i * SHARD:(i + 1) * SHARD]
+        results = zip((item for item, _ in part), in_order(work, part, workers))
+        kept, left_out = sort_out(results, filters, seen)
         frames, index, text = pack(kept, size, most, i)
         return encode_frames(vae, frames), index, text, left_out
 
