@@ -14,20 +14,24 @@ stickers/ holds scripts that build sets. Axis letters: t frame, c channel, h w r
 uint8 RGBA (t, h, w, 4): straight in files, premultiplied in training, where colour under alpha 0 is 0.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import warnings
 from collections import namedtuple
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,8 +255,8 @@ def fit_platform(frames, times, row):
     return frames, times[first:] + times[:first], loops, lost
 
 
-def _webm(frames, times, level, text):
-    """VP9 with alpha, of one frame rate, 30 a second at most."""
+def _webm(frames, times, level, text, quick):
+    """VP9 with alpha, of one frame rate, 30 a second at most. quick: a fifth of the time, larger by half."""
     total = sum(times)
     count = max(1, min(round(total / min(times)), total * 30 // 1000))
     picked = frames[pick_by_time(times, count)]
@@ -260,7 +264,8 @@ def _webm(frames, times, level, text):
         command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgba",
                    "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", f"{1000 * count}/{total}",
                    "-i", "-", "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", str(level), "-b:v", "0",
-                   "-auto-alt-ref", "0", "-deadline", "good", "-cpu-used", "4", "-threads", "2",
+                   "-auto-alt-ref", "0", "-deadline", "realtime" if quick else "good",
+                   "-cpu-used", "8" if quick else "4", "-threads", "2",
                    *(["-metadata", f"comment={text}"] if text else []), f"{folder}/a.webm"]
         done = subprocess.run(command, input=picked.tobytes(), capture_output=True)
         if done.returncode:
@@ -268,16 +273,17 @@ def _webm(frames, times, level, text):
         return Path(folder, "a.webm").read_bytes()
 
 
-def _encode(suffix, frames, times, level, text, loops=0, every=False):
-    """Straight frames -> bytes of a looping file. every: APNG keeps frames that equal the one before."""
+def _encode(suffix, frames, times, level, text=None, loops=0, every=False, quick=False):
+    """Straight frames -> bytes of a looping file. every: APNG keeps frames that equal the one before. quick:
+    worse, to tell the size."""
     if suffix == ".webm":
-        return _webm(frames, times, level, text)
+        return _webm(frames, times, level, text, quick)
     options, pictures = {}, [Image.fromarray(x) for x in frames]
     if suffix == ".webp":
         exif = Image.Exif()
         if text:
             exif[0x010E] = text                                          # ImageDescription
-        options = {"format": "WEBP", "method": 4, "exif": exif.tobytes() if text else b"",
+        options = {"format": "WEBP", "method": 0 if quick else 4, "exif": exif.tobytes() if text else b"",
                    "lossless": level is None, "quality": level or 60}
     elif suffix == ".gif":
         # one palette for all frames, or it flickers; alpha is cut at one half by us, since Pillow's quantiser
@@ -314,22 +320,22 @@ def _encode(suffix, frames, times, level, text, loops=0, every=False):
 def wanted_path(path, platform, default):
     """The output's path: as given, else `default` with the platform's suffix; DataError for another."""
     if platform and path not in ("", "-") and Path(path).suffix.lower() != PLATFORMS[platform].suffix:
-        raise DataError(f"--out {path}: end it in {PLATFORMS[platform].suffix}: --for {platform} writes that")
+        raise DataError(f"{path}: end it in {PLATFORMS[platform].suffix}: --for {platform} writes that")
     path = path or default + (PLATFORMS[platform].suffix if platform else ".webp")
     suffix = Path(path).suffix.lower()
     if path != "-" and suffix not in LEVELS:
-        raise DataError(f"--out {path}: end it in one of {' '.join(LEVELS)}")
+        raise DataError(f"{path}: end it in one of {' '.join(LEVELS)}")
     if suffix == ".webm" or platform == "telegram":
         ffmpeg()                                             # it may be missing: told before the work
     return path
 
 
-def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, metadata=None, platform=""):
+def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, platform=""):
     """Writes a looping sticker; the suffix decides: .webp .gif .apng .webm .png (frames side by side).
 
     frames uint8 (t, h, w, 4) straight RGBA; durations in ms, an int or t of them, at least 10 each (20 in
-    GIF). WebP and APNG keep pixels and times exactly (WebP if lossless; colour under alpha 0 becomes 0); GIF
-    has 1 bit of alpha, 255 colours and steps of 10 ms; WebM is lossy, with one frame rate of 30 at most.
+    GIF). WebP and APNG keep pixels and times exactly (but colour under alpha 0 becomes 0); GIF has 1 bit of
+    alpha, 255 colours and steps of 10 ms; WebM is lossy, with one frame rate of 30 at most.
     size > 0: fit into a square of this side first. max_kb > 0: at most so many times 1000 bytes, by lower
     quality or fewer colours, then by fewer frames. platform: one of PLATFORMS: its limits hold instead (and
     .png is an APNG). path "-": stdout. metadata: a dict for JSON, kept in the file. Returns dict(path, bytes,
@@ -343,38 +349,50 @@ def write_sticker(path, frames, durations, *, lossless=True, max_kb=0, size=0, m
     times, lost, count = [max(10, int(d)) for d in np.broadcast_to(durations, len(frames))], [], len(frames)
     if row:
         suffix, max_kb = row.suffix.replace(".png", ".apng"), row.kb
-        try:
-            frames, times, loops, lost = fit_platform(frames, times, row)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        frames, times, loops, lost = fit_platform(frames, times, row)
     elif size:
         frames = unpremultiply(fit_frames(frames, size))
     frames = np.where(frames[..., 3:] > 0, frames, 0)
     if suffix == ".png":
         frames, times = np.concatenate(frames, 1)[None], times[:1]
     text = None if metadata is None else json.dumps(metadata)
-    levels = LEVELS[suffix][1:] if suffix == ".webp" and not lossless else LEVELS[suffix]
+    levels, fewest, limit, at = LEVELS[suffix], row.fewest if row else 2, 1000 * max_kb or math.inf, 0
+    steps = [1] + [2 ** i for i in range(1, 10) if len(frames[::2 ** i]) >= fewest]
+    # The first that fits is taken: all frames if the lowest level allows it, else every second, fourth, ..
+    ladder = [(step, level) for step in steps for level in levels]
 
-    def coded(step, level):
+    @cache
+    def coded(at):
+        step, level = ladder[at]
         merged = [sum(times[i:i + step]) for i in range(0, len(frames), step)]
         return _encode(suffix, frames[::step], merged, level, text, loops, fewest > 2)
 
-    # all frames if the lowest level allows it, else every second, fourth, ..; then the best level that fits
-    fewest, step, level, limit = row.fewest if row else 2, 1, levels[0], 1000 * max_kb or math.inf
-    data = coded(step, level)
+    @cache
+    def bytes_each(level):                                   # of a frame, told from a quick try on some
+        some, larger = (frames, 1.4) if suffix == ".webm" else (frames[::math.ceil(len(frames) / 4)], 1)
+        return len(_encode(suffix, some, times[:len(some)], level, quick=True)) / len(some) / larger
+
+    def about(at):
+        return bytes_each(ladder[at][1]) * len(frames[::ladder[at][0]])
+
+    share = 0.8                                              # true bytes of those told, at the least
+    while max_kb and at < len(ladder) - 1:
+        if share * about(at) <= limit:
+            if len(coded(at)) <= limit:
+                break
+            share = 0.9 * len(coded(at)) / about(at)
+        at += 1
+    (step, level), data = ladder[at], coded(at)
     if len(data) > limit:
-        steps = [1] + [2 ** i for i in range(1, 10) if len(frames[::2 ** i]) >= fewest]
-        step = next((i for i in steps if len(data := coded(i, levels[-1])) <= limit), 0)
-        if not step:
-            advice = "make it simpler or shorter" if row else "raise --max-kb or lower --size"
-            raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting, over {max_kb:g}; "
-                            + advice)
-        level = next(x for x in levels if len(data := coded(step, x)) <= limit)
+        advice = "make it simpler or shorter" if row else "raise --max-kb or lower --size"
+        raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting, over {max_kb:g}; {advice}")
     kept = len(frames[::step])
-    if step > 1:
+    if suffix == ".webm":
+        kept = max(1, min(kept, sum(times) * 30 // 1000))
+    if kept < len(frames):
         lost = [x for x in lost if not x.endswith("frames")] + [f"{kept} of {count} frames"]
     lost += [f"{WORDS.get(suffix, 'colours')} {level}"] * (level != levels[0])
-    why = f"for {platform}" if row else f"to stay under {max_kb:g} kB"
+    why = f"for {platform}" if row else f"to stay under {max_kb:g} kB" if max_kb else "30 a second at most"
     message = f"{path}: {' and '.join(lost)}, {why}" if lost else ""
     if message:
         print(message, file=sys.stderr)
@@ -498,18 +516,15 @@ def is_held_out(concept, share=0.1):
 
 def _read_metadata(path):
     """metadata.jsonl -> {file_name: line as dict}; {} if there is none."""
-    rows, number = {}, 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    rows[str(row["file_name"])] = row
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 "
-                        f"({error}); correct it") from error
+    rows = {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            if line.strip():
+                row = json.loads(line)
+                rows[str(row["file_name"])] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 "
+                            f"({error}); correct it") from error
     return rows
 
 
@@ -596,50 +611,56 @@ def decode_item(path, size, most, filters=FILTERS):
     return "ok", decoded
 
 
-def _run_pool(work, items, workers, timeout):
-    """Yields work(item) in order, until one of the processes dies or takes over `timeout` s."""
-    import multiprocessing as mp                             # here: no other command needs these
-    import signal
-    from concurrent.futures import ProcessPoolExecutor, TimeoutError
-    from concurrent.futures.process import BrokenProcessPool
-    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"))       # fork is unsafe once torch has threads
-    try:
-        # a Ctrl-C reaches this process only, once the others have started: they inherit that it is blocked
-        block = getattr(signal, "pthread_sigmask", lambda how, signals: ())             # not on Windows
-        old = block(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT})
-        futures = [pool.submit(work, item) for item in items]
-        block(getattr(signal, "SIG_SETMASK", 0), old)
-        for future in futures:
-            yield future.result(timeout)
-    except (BrokenProcessPool, TimeoutError):
-        return
-    finally:
-        for process in mp.active_children():
-            process.kill()
-        pool.shutdown(cancel_futures=True)
+def serve(work):
+    """The life of a decoding process: an item from stdin, its result to stdout, until there are no more."""
+    with contextlib.suppress(EOFError):
+        while True:
+            pickle.dump(work(pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
+            sys.stdout.flush()
 
 
 def in_order(work, items, workers, timeout=120):
-    """Yields work(item) in order, from `workers` processes (0: from this one).
+    """Yields work(item) in order, from `workers` processes (0: from this one); work: a partial of a function.
 
-    A process that crashes or hangs costs the file it was at, which comes back as ("unreadable", why): what
-    was in work then is tried again, one at a time.
+    A process that crashes or hangs costs the item it was at, which comes back as ("unreadable", why). Each
+    has a thread here that talks to it, and a session of its own: a Ctrl-C reaches our main thread only.
     """
     if workers < 1:
         yield from map(work, items)
         return
-    done = lost = 0
-    while done < len(items):
-        for result in _run_pool(work, items[done:], workers, timeout):
-            done += 1
-            yield result
-        for item in items[done:done + workers + 1]:
-            result = next(_run_pool(work, [item], 1, timeout), None)
-            done, lost = done + 1, lost + (result is None)
-            if lost == done >= 4:
-                raise DataError("the first 4 files all crashed their decoder; in a script of your own, put "
-                                "the code under `if __name__ == '__main__':`")
-            yield result or ("unreadable", f"its decoder crashed or took over {timeout:g} s; delete it")
+    file = Path(work.func.__code__.co_filename).resolve()          # a script's module is __main__ only here
+    path = [str(file.parent), str(Path(__file__).resolve().parent), *sys.path]
+    code = (f"import sys; sys.path[:] = {path}; import data, functools, {file.stem} as module\n"
+            f"data.serve(functools.partial(module.{work.func.__name__}, **{work.keywords}))")
+    mine, processes = threading.local(), []
+
+    def one(item):
+        if not hasattr(mine, "process"):
+            mine.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, start_new_session=True)
+            processes.append(mine.process)
+        clock = threading.Timer(timeout, mine.process.kill)
+        clock.start()
+        try:
+            pickle.dump(item, mine.process.stdin)
+            mine.process.stdin.flush()
+            return pickle.load(mine.process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            del mine.process
+            return "unreadable", f"its decoder crashed or took over {timeout:g} s; delete it"
+        finally:
+            clock.cancel()
+
+    threads = ThreadPoolExecutor(workers)
+    try:
+        yield from threads.map(one, items)
+    finally:
+        for process in processes:
+            process.kill()
+        threads.shutdown(cancel_futures=True)
+        for process in processes:                            # one may have started meanwhile
+            process.kill()
+            process.communicate()
 
 
 def sort_out(results, filters, seen):
@@ -675,7 +696,8 @@ def report(folder, total, left_out, max_bad):
     bad = len(reasons.get("unreadable", ()))
     if bad > max_bad * total:
         raise DataError(f"{folder}: {bad} of {total} files are unreadable, over --max-bad {max_bad:g}; "
-                        f"replace them, or prepare the folder with a higher one (report.txt names them all)")
+                        f"replace them, or prepare the folder with a higher one "
+                        f"(OUT.partial/report.txt names all)")
     if len(left_out) == total:
         raise DataError(f"{folder}: all {total} files are left out, see why above; replace them, or prepare "
                         f"the folder with --filter none")
@@ -700,12 +722,10 @@ def pack(rows, size, most, shard=0):
     """list of (Item, Decoded) -> (frames (M, 4, s, s), index (n,), text uint8 (bytes,)) of one shard."""
     index, texts = np.zeros(len(rows), index_type(most)), [np.zeros(0, np.uint8)]
     offset = length = 0
-    for entry, (item, decoded) in zip(index, rows):
+    for i, (item, decoded) in enumerate(rows):
         text = json.dumps([item.name, item.caption, item.tags]).encode()
-        values = (shard, offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
-                  length, len(text), item.split, _digest(decoded))
-        for name, value in zip(index.dtype.names, values):
-            entry[name] = np.void(value) if name == "digest" else value
+        index[i] = (shard, offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
+                    length, len(text), item.split, _digest(decoded))
         texts.append(np.frombuffer(text, np.uint8))
         offset, length = offset + len(decoded.frames), length + len(text)
     frames = [np.zeros((0, 4, size, size), np.uint8)] + [d.frames for _, d in rows]
@@ -798,20 +818,20 @@ class Stickers:
 
 def join(sets):
     """Several sets of one kind, size and autoencoder -> one Stickers, and the number of the set of each."""
-    first, shards, index, length = sets[0], [], [], 0
-    for s in sets:
-        if alike(s.meta) != alike(first.meta):
-            raise DataError("--data: the sets differ in size, kind (pixels, latents) or autoencoder; prepare "
-                            "them alike")
-        index.append(np.array(s.index))
-        index[-1]["shard"] += len(shards)
-        index[-1]["text"] += length
-        shards, length = shards + s.shards, length + len(s.text)
+    first, shards, length = sets[0], 0, 0
     source = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+    if any(alike(s.meta) != alike(first.meta) for s in sets):
+        raise DataError("--data: the sets differ in size, kind (pixels, latents) or autoencoder; prepare "
+                        "them alike")
     if len(sets) == 1:
         return first, source
+    index, text = np.concatenate([s.index for s in sets]), np.concatenate([s.text for s in sets])
+    for i, s in enumerate(sets):
+        index["shard"][source == i] += shards
+        index["text"][source == i] += length
+        shards, length = shards + len(s.shards), length + len(s.text)
     meta = make_meta(first.size, first.meta["frames"]) | {key: first.meta[key] for key in ("kind", "vae")}
-    return Stickers(shards, np.concatenate(index), np.concatenate([s.text for s in sets]), meta), source
+    return Stickers([x for s in sets for x in s.shards], index, text, meta), source
 
 
 def draw_clip(stickers, item, rng, full=0.0, shortest=1):
@@ -976,6 +996,8 @@ def make_store(args, make):
     s = make(vae)
     print(f"{args.out}: {len(s)} stickers ({len(s.select('held_out'))} held out), {sum(map(len, s.shards))} "
           f"frames of {'x'.join(map(str, s.shards[0].shape[1:]))}")
+    if Path(args.out, "report.txt").stat().st_size:
+        print(f"{Path(args.out, 'report.txt')}: names each file left out, and why")
 
 
 def one_line(name, work):

@@ -112,7 +112,8 @@ def interpolate(make, given, args, F):
     """factor - 1 new frames between every neighbouring pair; neighbouring windows share one keyframe."""
     f, m = args.factor or 2, given.shape[1]
     if m < 2:
-        raise DataError("--mode interpolate: --input must hold 2 keyframes or more (a sticker, or pictures)")
+        raise DataError("--mode interpolate: --input is one still picture; give several or a moving sticker, "
+                        "or make it move with --image")
     if f >= F:
         raise DataError(f"--factor {f}: this model makes {F} frames at a time")
     most = (m - 1) * f + 1

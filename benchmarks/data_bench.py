@@ -28,7 +28,8 @@ class Clock:
         return self
 
     def __exit__(self, *_):
-        self.wall, self.cpu = time.perf_counter() - self.start[0], sum(os.times()[:4]) - self.start[1]
+        self.wall = time.perf_counter() - self.start[0]
+        self.cpu = max(0.01, sum(os.times()[:4]) - self.start[1])           # a tick of the clock at least
 
     def rate(self, count):
         return f"{count / self.wall:8.1f} a second wall, {1000 * self.cpu / count:9.3f} ms CPU each"

@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 
-from data import DataError, is_held_out
+from data import DataError, is_held_out, one_line
 
 SPLITS = ("train", "held_out")
 MIN_CONCEPTS = 5                       # a word is learnt from several stickers, or it is noise
@@ -174,15 +175,4 @@ def write_metadata(folder, rows):
     print(f"{folder}: {len(rows)} stickers, {held} held out")
 
 
-def run(work):
-    """Calls work() -> exit status. A failure becomes one line."""
-    try:
-        work()
-    except (DataError, OSError) as error:
-        remedy = "" if isinstance(error, DataError) else "; check the path, permissions and disk space"
-        print(f"error: {error}{remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
-        return 130
-    return 0
+run = partial(one_line, "error")       # calls a function -> exit status; a failure becomes one line

@@ -1,9 +1,10 @@
 """data.py: what it promises about files, keyframes, stores and clips."""
+import functools
 import gc
 import json
-import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -278,12 +279,8 @@ def test_gif_alpha_is_cut_cleanly_colours_are_exact_and_times_add_up(tmp_path):
     assert data.read_sticker(tmp_path / "c.gif")[0].max() == 0
 
 
-def test_lossy_webp_and_sheets(tmp_path):
+def test_sheets(tmp_path):
     frames = moving(5, 33)
-    data.write_sticker(tmp_path / "a.webp", frames, 80, lossless=False)
-    back, times = data.read_sticker(tmp_path / "a.webp")
-    error = np.abs(data.premultiply(back).astype(int) - data.premultiply(frames))
-    assert times == [80] * 5 and error.mean() < 6
     data.write_sticker(tmp_path / "a.png", frames, 80)
     sheet = data.read_sticker(tmp_path / "a.png")[0]
     assert sheet.shape == (1, 33, 5 * 33, 4) and np.array_equal(sheet[0][:, 33:66], frames[1])
@@ -628,19 +625,17 @@ def test_prepare_killed_in_the_middle_continues_to_the_same_bytes(tmp_path):
 
 def test_workers_that_die_or_hang_cost_one_item_each():
     orders, start = [0, 1, "die", *range(3, 8), "hang", 9, 10], time.monotonic()
-    results = list(data.in_order(corpus.act, orders, 2, timeout=2))
+    results = list(data.in_order(functools.partial(corpus.act), orders, 2, timeout=5))
     assert time.monotonic() - start < 30
     for order, result in zip(orders, results, strict=True):
-        assert result == ("ok", order) or isinstance(order, str) and result[0] == "unreadable"
-    assert not multiprocessing.active_children()
+        assert result[0] == "unreadable" if isinstance(order, str) else result == ("ok", order)
 
 
-def test_a_script_without_a_main_guard_is_told_so(tmp_path):
-    """Every worker imports the script again; none ever gets to work. It must not go on for hours."""
+def test_a_script_without_a_main_guard_prepares_too(tmp_path):
     write_folder(tmp_path / "in", 9)
-    (tmp_path / "script.py").write_text(PATH + "data.prepare('in', 'out', 32, workers=1)")
+    (tmp_path / "script.py").write_text(PATH + "data.prepare('in', 'out', 32, workers=2)")
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode and "put the code under `if __name__" in done.stderr.splitlines()[-1]
+    assert not done.returncode and len(data.open_store(tmp_path / "out")) > 3, done.stderr
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -657,7 +652,7 @@ def test_ctrl_c_while_data_are_decoded(tmp_path, workers):
     os.killpg(process.pid, signal.SIGINT)                              # as a terminal does, to all of them
     err = process.communicate(timeout=10)[1]
     assert process.returncode == 130 and "continues where this one stopped" in err
-    assert "Traceback" not in err or workers == "2"                    # a process just starting may say so
+    assert "Traceback" not in err
     assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
 
 
@@ -727,6 +722,24 @@ def test_stores_that_are_not_whole_are_refused(tmp_path):
     for spec, words in ((tmp_path / "nowhere", "no such"), ("synthetic:0", "no such folder")):
         with pytest.raises(data.DataError, match=words):
             data.open_stickers(spec, 64)
+
+
+def test_what_was_left_out_is_told_with_the_place_of_the_whole_list(tmp_path, capsys, monkeypatch):
+    """Fault: of 8 files 5 were named, and nothing said where the others are."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "in", 2)
+    prepare = ["prepare", "in", "--size", "32", "--workers", "0", "--max-bad", "0.8", "--out"]
+    assert data.main([*prepare, "all"]) == 0 and "report.txt" not in capsys.readouterr().out
+    for i in range(8):
+        (tmp_path / "in" / f"bad {i}.gif").write_bytes(b"GIF89a")
+    assert data.main([*prepare, "some"]) == 0
+    told = capsys.readouterr()
+    assert "8 of 10: bad 0.gif" in told.err and "bad 4.gif" in told.err and "bad 5.gif" not in told.err
+    path, = re.findall("^(.*): names each file left out", told.out, re.M)
+    assert "bad 7.gif" in Path(path).read_text()
+    assert data.main([*prepare, "none", "--max-bad", "0.5"]) == 2
+    path, = re.findall(r"\((\S*) names all\)", capsys.readouterr().err)
+    assert "bad 7.gif" in Path(path.replace("OUT", "none")).read_text()
 
 
 def test_convert_and_info(tmp_path, capsys):

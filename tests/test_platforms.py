@@ -134,6 +134,29 @@ def test_a_sticker_of_a_platform_begins_with_a_picture(tmp_path, capsys):
     assert (back[0, ..., 3] > 0).mean() > 0.3 and times == [*range(103, 108), 303]    # 3 empty ones are one
 
 
+@pytest.mark.parametrize("suffix", [".webp", ".webm", ".apng", ".gif"])
+def test_the_size_search_takes_the_first_setting_that_fits_and_tries_few(tmp_path, monkeypatch, suffix):
+    """The first of all frames from the best level down, then every second, ..; although a quick try errs."""
+    levels, calls, error = data.LEVELS[suffix], [], 0
+    each = dict(zip(levels, (900, 400, 300, 210, 140, 90, 40)))
+
+    def encode(suffix, frames, times, level, *_, quick=False):
+        calls.append(0 if quick else len(frames))
+        larger = 1.4 if quick and suffix == ".webm" else 1
+        return bytes(int(each[level] * len(frames) * (1 + quick * error) * larger))
+
+    monkeypatch.setattr(data, "_encode", encode)
+    frames = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 4), dtype=np.uint8)
+    for limit in (50000, 13001, 9000, 4500, 3000, 1300, 700):
+        for error in (-0.2, 0, 0.2):
+            calls.clear()
+            fits = [(s, x) for s in (1, 2, 4, 8, 16) for x in levels if each[x] * len(frames[::s]) <= limit]
+            done = data.write_sticker(tmp_path / f"a{suffix}", frames, 50, max_kb=limit / 1000)
+            step, level = fits[0]
+            assert done["frames"] == len(frames[::step]) and done["bytes"] == each[level] * done["frames"]
+            assert sum(n > 0 for n in calls) <= 4, (limit, error, calls)
+
+
 def test_frames_are_chosen_by_the_nearest_time():
     assert data.pick_by_time([50] * 6, 6).tolist() == [0, 1, 2, 3, 4, 5]
     assert data.pick_by_time([50] * 6, 3).tolist() == [0, 2, 4]
@@ -162,7 +185,8 @@ def test_names_of_files_are_the_platforms(tmp_path, capsys, monkeypatch, sources
     for platform, (suffix, *_) in LIMITS.items():
         wrong = ["convert", str(tmp_path / "in.webp"), str(tmp_path / "a.gif"), "--for", platform]
         assert data.main(wrong) == 2
-        assert f"end it in {suffix}" in capsys.readouterr().err
+        said = capsys.readouterr().err                           # convert has no flag --out
+        assert f"a.gif: end it in {suffix}" in said and "--out" not in said
         assert data.main(["convert", str(tmp_path / "in.webp"), "--for", platform]) == 0
         assert (tmp_path / f"in-{platform}{suffix}").exists()
     for arguments, words in ((["in.webp"], "no output"), (["in.webp", "in.webp"], "is the input"),
@@ -197,6 +221,18 @@ def test_a_webm_keeps_times_to_its_frame_rate(tmp_path):
     assert times == [100] * 6 and back.shape[1:] == (33, 47, 4)
     which = [int(np.abs(frames[..., 3].astype(int) - x[..., 3]).mean((1, 2)).argmin()) for x in back]
     assert which == [0, 1, 1, 1, 2, 2]
+
+
+def test_a_webm_tells_of_frames_that_are_too_fast_for_it(tmp_path, capsys):
+    """Fault: 11 frames of 18 ms were told, and 5 were in the file."""
+    need_ffmpeg()
+    frames = np.zeros((11, 32, 32, 4), np.uint8)
+    for i in range(11):
+        frames[i, :, 2 * i:2 * i + 8] = [0, 250, 0, 255]
+    done = data.write_sticker(tmp_path / "a.webm", frames, 18)
+    assert done["frames"] == len(data.read_sticker(tmp_path / "a.webm")[0]) == 5
+    assert "5 of 11 frames, 30 a second at most" in capsys.readouterr().err
+    assert data.write_sticker(tmp_path / "a.webm", frames, 50)["frames"] == 11 and not capsys.readouterr().err
 
 
 def test_without_its_package_video_is_one_line(tmp_path, monkeypatch, capsys, sources):

@@ -404,7 +404,7 @@ def test_for_a_platform_the_name_gets_its_suffix(here, capsys):
 
 WRONG = {   # flags -> what the line must name
     "--image one.webp --input soft.webp": "--image and --input",
-    "--mode interpolate --input one.webp": "2 keyframes",
+    "--mode interpolate --input one.webp": "one still picture",
     "--mode interpolate --image one.webp": "use --input",
     "--mode interpolate --input soft.webp --mask 10": "--mask with --mode interpolate",
     "--mode interpolate --input soft.webp --frames 4": "--frames with --mode interpolate",
@@ -439,9 +439,9 @@ WRONG = {   # flags -> what the line must name
     "--text cat --seeds=-1": "--seeds -1",
     "--text cat --every 2": "--every: only",
     "--text cat --duration 5": "--duration 5",
-    "--text cat --out cat": "--out cat: end it in",
+    "--text cat --out cat": ": cat: end it in",
     "--text cat --out one.webp/x.webp": "one.webp",
-    "--text cat --for line --out x.webp": "--out x.webp: end it in .png",
+    "--text cat --for line --out x.webp": ": x.webp: end it in .png",
     "--text cat --for line --size 64": "--size or --max-kb with --for",
     "--text cat --for line --frames 1": "--frames 1 with --for",
     "--text cat --for myspace": "--for",
