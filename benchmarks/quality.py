@@ -1,6 +1,7 @@
 """How good are the stickers? Held-out clips, fixed masks and seeds, trivial rivals in the same table.
 
     python benchmarks/quality.py mean --ckpt runs/a/last.pt --data cache/fluent       # what was learnt?
+    python benchmarks/quality.py gap --ckpt runs/a/last.pt --data cache/fluent cache/characters --out runs/gap
     python benchmarks/features.py fetch                  # once: networks for FVD, KVD, KID and text match
     python benchmarks/quality.py run --ckpt runs/a/last.pt --data cache/fluent --out runs/a/quality
     python benchmarks/quality.py compare runs/a/quality/results.json runs/b/quality/results.json
@@ -18,6 +19,7 @@ of the same N, never across N. Modes with given frames share them with the truth
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -431,6 +433,30 @@ MEAN_COLUMNS = {"ours": "mean", "latent blend": "blend of latents", "blend": "bl
 
 
 @torch.no_grad()
+def latents_of(model, clips):
+    """Clips (n, t, h, w, 4) -> their latents and fixed noise, both (n, t, c, h, w)."""
+    device = model.model.abar.device
+    z = torch.stack([model.vae.encode(x).float() for x in to_torch(clips, device)])
+    noise = [torch.randn(z[0].shape, generator=torch.Generator().manual_seed(i)) for i in range(len(z))]
+    return z, torch.stack(noise).to(device)
+
+
+@torch.no_grad()
+def one_step(net, z, noise, text, mask, batch):
+    """Latents, noise (n, t, c, h, w), text tokens and bool mask (t,) -> (one-step means, blend of the given
+    frames), both (n, t, c, h, w)."""
+    given = torch.from_numpy(mask).to(z.device).expand(len(z), -1)
+    means = [net.mean(z[i], noise[i], text[i], given[i], torch.ones_like(given[i])).float()
+             for i in torch.arange(len(z)).split(batch)]
+    return torch.cat(means), rdtf.blend(z, given)
+
+
+def squared_errors(z, fakes, made):
+    """Per sticker: squared error of each of `fakes` over the frames in bool (t,) -> list of (n,) arrays."""
+    return [((x - z)[:, np.flatnonzero(made)] ** 2).flatten(1).sum(1).double().cpu().numpy() for x in fakes]
+
+
+@torch.no_grad()
 def one_step_means(model, clips, captions, modes, args, rivals=True):
     """The error of the one-step mean, in latents and in pixels, beside what needs no training.
 
@@ -440,20 +466,13 @@ def one_step_means(model, clips, captions, modes, args, rivals=True):
     net, vae, device = model.model, model.vae, model.model.abar.device
     n, found = len(clips), {}
     with autocast(args, device):
-        z = torch.stack([vae.encode(x).float() for x in to_torch(clips, device)])         # n t c h w
+        z, noise = latents_of(model, clips)                                               # n t c h w
         seen = decode(vae, z, clips, NONE) if rivals else None
-        noise = torch.stack([torch.randn(z[0].shape, generator=torch.Generator().manual_seed(i))
-                             for i in range(n)]).to(device)
         for mode in modes:
             mask, with_text = mode_of(mode)
             text = net.text.tokenize(captions if with_text else [""] * n).to(device)
-            given, made = torch.from_numpy(mask).to(device).expand(n, -1), np.flatnonzero(~mask)
-            start = rdtf.blend(z, given)
-            means = torch.cat([net.mean(z[i], noise[i], text[i], given[i], torch.ones_like(given[i])).float()
-                               for i in torch.arange(n).split(args.batch)])
-            error, base = (((x - z)[:, made] ** 2).flatten(1).sum(1).double().cpu().numpy()
-                           for x in (means, start))
-            known = ratio(error, base)
+            means, start = one_step(net, z, noise, text, mask, args.batch)
+            known = ratio(*squared_errors(z, (means, start), ~mask))
             row = found[mode] = {"EV": interval(lambda w: 1 - known(w), n, args.draws)}
             methods = {"ours": decode(vae, means, clips, mask)}
             if rivals:
@@ -484,6 +503,104 @@ def mean_command(args):
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps({"step": model.meta["step"], "modes": found}, indent=1))
+
+
+# -------------------------------------------------------------------------------------------------------- gap
+SECONDS = (0, 0.25, 0.5, 0.75, 1, 1.5, 2, math.inf)          # edges of the classes of gaps in seconds
+
+
+@torch.no_grad()
+def gap_errors(model, clips, captions, args):
+    """How far off are frames between given ones that lie d = 2..7 frames apart?
+
+    Every d-th frame from the first on is given, as in interpolation; what lies beyond the last given frame
+    does not count. -> {d: (squared errors of the one-step mean (n,), of the blend (n,), values compared)}"""
+    found = {}
+    with autocast(args, model.model.abar.device):
+        z, noise = latents_of(model, clips)
+        text = model.model.text.tokenize(captions).to(z.device)
+        for d in range(2, FRAMES):
+            i = np.arange(FRAMES)
+            mask = i % d == 0
+            between = ~mask & (i < np.flatnonzero(mask)[-1])
+            fakes = one_step(model.model, z, noise, text, mask, args.batch)
+            found[d] = (*squared_errors(z, fakes, between), int(between.sum()) * z[0, 0].numel())
+    return found
+
+
+def gap_row(error, base, values, draws):
+    """Arrays (n,) of stickers, zeros where one has no such gap -> {"N", "EV": (value, half), "RMS"}."""
+    has = values > 0
+    known = ratio(error[has], base[has])
+    return {"N": int(has.sum()), "EV": interval(lambda w: 1 - known(w), int(has.sum()), draws),
+            "RMS": float(np.sqrt(base.sum() / values.sum()))}
+
+
+def gap_rows(found, durations, draws):
+    """What `gap_errors` gave and durations in seconds (n,) -> ({d: row}, {"from-to s": row}).
+
+    A clip has 8 keyframes of the whole sticker; the store knows its duration, not their times. So d frames
+    are about d / 8 of it. A still or a store without times has duration 0 and is in no class of seconds."""
+    frames = {str(d): gap_row(error, base, np.full(len(base), values), draws)
+              for d, (error, base, values) in found.items()}
+    seconds = {}
+    for low, high in zip(SECONDS, SECONDS[1:]):
+        sums = np.zeros((3, len(durations)))
+        for d, (error, base, values) in found.items():
+            gap = d / FRAMES * durations
+            sums += np.where((gap > low) & (gap <= high), [error, base, np.full(len(base), values)], 0)
+        if (sums[2] > 0).sum() >= 8:                         # a share of fewer stickers says nothing
+            seconds[f"{low:g}-{high:g} s"] = gap_row(*sums, draws)
+    return frames, seconds
+
+
+def gap_plot(path, curves):
+    """{store: (rows by frames, rows by seconds)} -> a picture of EV over the gap, two panels."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"no {path}: pip install matplotlib", file=sys.stderr)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    ends = [f"{low:g}-{high:g} s" for low, high in zip(SECONDS, SECONDS[1:])]
+    labels = [str(d) for d in range(2, FRAMES)], ends
+    for j, (axis, names) in enumerate(zip(axes, labels)):
+        for store, rows in curves.items():
+            has = [name for name in names if name in rows[j]]
+            values, halves = zip(*(rows[j][name]["EV"] for name in has)) if has else ((), ())
+            axis.errorbar([names.index(name) for name in has], values, halves, fmt="o-", ms=4, label=store)
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.set_xticks(range(len(names)), [name.removesuffix(" s") for name in names])
+    axes[0].set(xlabel="given frames lie d keyframes apart", ylabel="EV of the one-step mean")
+    axes[1].set(xlabel="... about so many seconds")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def gap_command(args):
+    """The `gap` command: does interpolation fail because given frames lie far apart?"""
+    model, curves = rdtf.load_model(args.ckpt, args.device), {}
+    for spec in args.data:
+        stickers = data.open_stickers(spec, model.cfg.size)
+        items, clips, captions = held_out(stickers, args.count, args.seed)
+        durations = stickers.index["duration"][items] / 1000
+        rows = curves[spec] = gap_rows(gap_errors(model, clips, captions, args), durations, args.draws)
+        print(f"{args.ckpt}, update {model.meta['step']}; {len(clips)} held-out stickers of {spec}; made "
+              "frames between given ones; RMS: of truth - blend, latents have 1\n"
+              "| gap | stickers | EV | RMS |\n|---|---|---|---|")
+        for name, row in [(f"{d} frames", r) for d, r in rows[0].items()] + list(rows[1].items()):
+            print(f"| {name} | {row['N']} | {row['EV'][0]:.3f} ± {row['EV'][1]:.3f} | {row['RMS']:.3f} |")
+        if not rows[1]:
+            print("(no durations in this store, or too few stickers: no classes of seconds)")
+        print()
+    if args.out:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        named = {spec: dict(zip(("frames", "seconds"), rows)) for spec, rows in curves.items()}
+        (out / "gap.json").write_text(json.dumps({"step": model.meta["step"], "stores": named}, indent=1))
+        gap_plot(out / "gap.png", curves)
 
 
 # -------------------------------------------------------------------------------------------------------- run
@@ -717,8 +834,9 @@ def sampling_flags(p):
     p.add_argument("--image-scale", type=float, help="guidance by given frames")
 
 
-def data_flags(p):
-    p.add_argument("--data", required=True, help="store of pixels, folder of stickers, or synthetic:N")
+def data_flags(p, several=None):
+    p.add_argument("--data", required=True, nargs=several,
+                   help="store of pixels, folder of stickers, or synthetic:N")
     p.add_argument("--count", type=int, default=64, help="N held-out stickers, or all if fewer")
     p.add_argument("--seed", type=int, default=0, help="which stickers are taken")
 
@@ -744,6 +862,10 @@ def parser():
     p.add_argument("--out", help="file for the figures as JSON; unset: none")
     p.add_argument("--modes", default=",".join(MEAN_MODES), help="modes, or masks such as 10000001")
 
+    p = command("gap", "EV in interpolation against the gap between given frames", model_flags,
+                lambda p: data_flags(p, "+"))
+    p.add_argument("--out", help="folder for gap.json and gap.png; unset: none")
+
     p = command("run", "measure samples of a checkpoint in every mode", model_flags, sampling_flags,
                 data_flags, network_flags)
     p.add_argument("--out", required=True, help="folder for tables, plan, raw quantities and sheets")
@@ -766,7 +888,8 @@ def parser():
 
 def main(arguments=None):
     args = parser().parse_args(arguments)
-    commands = {"mean": mean_command, "run": run, "compare": compare, "conditioning": conditioning}
+    commands = {"mean": mean_command, "gap": gap_command, "run": run, "compare": compare,
+                "conditioning": conditioning}
     try:
         commands[args.command](args)
     except (DataError, ValueError) as error:

@@ -43,7 +43,8 @@ def toy_clips(n, seed=0, size=32):
 class FakeStickers:
     """The part of data.Stickers that quality.py reads: 20 held-out stickers, 20 for training."""
     size, meta = 32, {"kind": "pixels", "fingerprint": "toy"}
-    index = {"keys": np.tile(np.arange(8, dtype=np.int16), (40, 6, 1))}
+    index = {"keys": np.tile(np.arange(8, dtype=np.int16), (40, 6, 1)),
+             "duration": np.full(40, 960, np.int32)}                        # ms
 
     def frames(self, i):
         return (toy_clips(40)[i].transpose(0, 3, 1, 2) * 255).round().astype(np.uint8)
@@ -245,6 +246,38 @@ def test_mean_of_a_real_network_starts_at_the_blend():
     args = types.SimpleNamespace(precision="fp32", batch=2, draws=2)
     found = quality.one_step_means(model, toy_clips(2), ["a", "b"], ["interpolate-2", "it2v"], args, False)
     assert all(-2 < row["EV"][0] < 0.05 and set(row) == {"EV", "ours"} for row in found.values())
+
+
+def test_gap_counts_what_lies_between_given_frames(toys, tmp_path, capsys, monkeypatch):
+    """Two frames apart are 0.24 s of 0.96; a model that knows half of the way has EV 0.75 at every gap."""
+    command = ["gap", "--ckpt", "x", "--data", "toy", "--count", "8", "--draws", "5", "--precision", "fp32"]
+    assert quality.main([*command, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "gap.json").read_text())["stores"]["toy"]
+    assert list(rows["frames"]) == list("234567")
+    assert list(rows["seconds"]) == ["0-0.25 s", "0.25-0.5 s", "0.5-0.75 s", "0.75-1 s"]
+    for row in (*rows["frames"].values(), *rows["seconds"].values()):
+        assert row["N"] == 8 and row["EV"][0] == pytest.approx(0.75, abs=1e-4)
+    assert rows["frames"]["7"]["RMS"] > 1.5 * rows["frames"]["2"]["RMS"]
+    assert rows["seconds"]["0-0.25 s"]["RMS"] == pytest.approx(rows["frames"]["2"]["RMS"])
+    assert "| 2 frames | 8 | 0.750" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "gap.png").stat().st_size > 1000
+    monkeypatch.setitem(FakeStickers.index, "duration", np.zeros(40, np.int32))
+    assert quality.main(command) == 0 and "no durations" in capsys.readouterr().out
+
+
+def test_frames_beyond_the_last_given_one_are_no_gap():
+    """A model that errs only beyond the last given frame of 10010010 has the EV of a perfect one at d = 3."""
+    model, clips = fake_model(1.0), toy_clips(8)
+    perfect = model.model.mean
+
+    def mean(x0, noise, text, cond, real):
+        last = (torch.where(cond, torch.arange(8), -1).amax(1, keepdim=True) < torch.arange(8))
+        return torch.where(rdtf.spread(last), 9.0, perfect(x0, noise, text, cond, real))
+    model.model.mean = mean
+    args = types.SimpleNamespace(precision="fp32", batch=8)
+    errors = quality.gap_errors(model, clips, ["x"] * 8, args)
+    assert all(error.max() < 1e-6 < base.min() for error, base, _ in errors.values())
 
 
 def test_run_and_compare_end_to_end(toys, tmp_path, capsys):
