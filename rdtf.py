@@ -410,21 +410,23 @@ def blend(given, cond_mask):
 
 
 def guess_frames(given, cond_mask):
-    """-> (guess (b, t, c, h, w): `blend`; unit (b, 1, 1, 1, 1): how far off it will be about, RMS).
+    """-> (guess (b, t, c, h, w): `blend`; unit (b, 1, 1, h, w): how far off it will be about, RMS).
 
     The process assumes that what it diffuses has variance 1. What differs from the guess has between 0.002
-    and 0.25, and the given frames tell which: where neighbouring ones differ much, so do the frames between.
-    Added to that is 0.25^2, for what moves although they agree. One given frame tells nothing about motion:
-    its unit is a constant. Without any, the guess is zero and the latents themselves have variance 1."""
+    and 0.25, and the given frames tell where: around places at which neighbouring ones differ much, so do the
+    frames between, and what stands still stays. Added to that is 0.25^2, for what moves although they agree.
+    One given frame tells nothing about motion: its unit is a constant. Without any, the guess is zero and the
+    latents themselves have variance 1."""
     last = neighbours(cond_mask)[0]
     last = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)   # b t: given before it, or -1
     pair = cond_mask & (last >= 0)                                          # b t: has a given neighbour
     row = torch.arange(len(given), device=given.device)[:, None]
     jump = torch.where(spread(pair), given - given[row, last.clamp(min=0)], 0).square()
-    square = jump.mean((2, 3, 4)).sum(1) / pair.sum(1).clamp(min=1)         # b: mean over the pairs
-    count = cond_mask.sum(1)
-    unit = torch.where(count > 1, (square + 0.0625).sqrt(), torch.where(count == 1, 0.8, 1.0))
-    return blend(given, cond_mask), unit[:, None, None, None, None]
+    square = jump.mean(2).sum(1) / pair.sum(1).clamp(min=1)[:, None, None]  # b h w: mean over the pairs
+    square = F.avg_pool2d(square[:, None], 3, 1, 1, count_include_pad=False)[:, None]     # b 1 1 h w
+    count = cond_mask.sum(1)[:, None, None, None, None]
+    return blend(given, cond_mask), torch.where(
+        count > 1, (square + 0.0625).sqrt(), torch.where(count == 1, 0.8, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -502,8 +504,9 @@ class DFGN(nn.Module):
         if self.cfg.inputs:                                                 # zeros would mean the mean latent
             guess, unit = guess_frames(given, known)
             given = torch.where(spread(real), guess, 0)
-            maps = known.float(), real.float(), unit.log().view(b, 1).expand(b, f)
-            extra = [torch.stack(maps, 2).flatten(0, 1)[:, :, None, None].expand(-1, -1, h, w)]
+            maps = [spread(x).float().expand(b, f, 1, h, w) for x in (known, real)]
+            maps.append(unit.log().expand(b, f, 1, h, w))
+            extra = [torch.cat(maps, 2).flatten(0, 1)]
         features = self.condition_encoder(given.flatten(0, 1))              # (b t) c h w
         features = torch.cat([features, *(x.to(features.dtype) for x in extra)], 1)
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
@@ -550,6 +553,47 @@ class DFGN(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *args, use_reentrant=False)
         return module(*args)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685): a trained model learns a few new stickers through few weights
+
+ALPHA = 8                                 # what is learnt counts ALPHA / rank: any rank, one learning rate
+
+
+class LoRA(nn.Module):
+    """In place of a Linear layer: W + (alpha / r) B A, W frozen, A random, B = 0: it starts as that layer.
+    A fused layer, q k v in one, has an A and a B for each of its parts, as if they were apart."""
+
+    def __init__(self, linear, rank, parts):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias                 # they keep their names
+        out, width = linear.weight.shape
+        self.lora_a = nn.Parameter(torch.randn(parts * rank, width) * width ** -0.5)
+        self.lora_b = nn.Parameter(torch.zeros(parts, out // parts, rank))
+
+    def forward(self, x):
+        low = F.linear(F.linear(x, self.lora_a), torch.block_diag(*self.lora_b))          # b n out
+        return F.linear(x, self.weight, self.bias) + ALPHA / self.lora_b.shape[-1] * low
+
+
+def add_lora(model, rank, where=nn.Module):
+    """Freezes an RDTF, adds LoRA to q, k, v, out of its network's attentions -> {name: tensor} to be trained.
+    where: only inside modules of this class, such as TemporalTransformer."""
+    model.requires_grad_(False)
+    inside = (m for root in model.net.modules() if isinstance(root, where) for m in root.modules())
+    for m in dict.fromkeys(m for m in inside if isinstance(m, Attention)):
+        m.q, m.out = LoRA(m.q, rank, 1 if m.kv else 3), LoRA(m.out, rank, 1)
+        m.kv = LoRA(m.kv, rank, 2) if m.kv else None
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def merge_lora(model, tensors):
+    """What `add_lora` returned, trained -> into the weights of a model without LoRA: no cost is left."""
+    for name in (n.removesuffix("lora_a") for n in tensors if n.endswith(".lora_a")):
+        a, b = tensors[name + "lora_a"], tensors[name + "lora_b"]
+        model.get_parameter(name + "weight").data += ALPHA / b.shape[-1] * torch.block_diag(*b) @ a
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -771,12 +815,16 @@ class AutoencoderKL(nn.Module):
         self.std.copy_(latents.std((0, 2, 3)))
 
     def fingerprint(self):
-        """A short hash of the weights in half precision: stores of latents fit one autoencoder only, and an
-        exported checkpoint holds the same one."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self)
+
+
+def fingerprint(module):
+    """A short hash of a module's weights in half precision, so that an exported checkpoint has the same one.
+    Stores of latents fit one autoencoder only, and LoRA's weights one model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def reason(e):
@@ -1017,8 +1065,11 @@ def load_model(path, device="cpu"):
     try:
         cfg = Config(**data["config"])
         model, vae = RDTF(cfg, data.get("text_encoder") or ()), AutoencoderKL(cfg)
-        weights = {**data["model"], **(data.get("ema") or {})}
-        model.load_state_dict({k: v.float() for k, v in weights.items()})
+        weights = {k: v.float() for k, v in {**data["model"], **(data.get("ema") or {})}.items()}
+        more = weights.keys() - model.state_dict().keys()
+        lora = {k: weights.pop(k) for k in more if ".lora_" in k}           # of a run with train.py --lora
+        model.load_state_dict(weights)
+        merge_lora(model, lora)
         vae.load_state_dict({k: v.float() for k, v in data["vae"].items()})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         message = " ".join(str(e).split())[:120]
@@ -1026,6 +1077,17 @@ def load_model(path, device="cpu"):
     # weights stay trainable: autocast keeps its bf16 copies of a step for the next one only then
     return Loaded(model.to(device).eval(), vae.to(device).eval(), cfg,
                   {k: data.get(k) for k in ("step", "fingerprint", "vae_id")})
+
+
+def load_lora(path, loaded):
+    """What `train.py --lora` exported -> into the weights of the model it was trained on. ValueError, one
+    line, for any other file or model."""
+    data = read_weights(path)
+    if data.get("format") != FORMAT or data.get("stage") != "lora":
+        raise ValueError(f"{path}: no LoRA of this version of rdtf; write one with train.py --lora, --export")
+    if data["base"] != fingerprint(loaded.model):
+        raise ValueError(f"{path}: trained on top of another checkpoint; give that one with --ckpt")
+    merge_lora(loaded.model, to_device(data["lora"], loaded.vae.mean.device))
 
 
 def to_device(x, device):

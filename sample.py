@@ -29,7 +29,7 @@ from tqdm import tqdm
 from curriculum import make_masks
 from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, read_sticker, save_sheet, to_straight,
                   told, unpremultiply, wanted_path, write_sticker)
-from rdtf import SAMPLERS, load_model, sample_clips
+from rdtf import SAMPLERS, load_lora, load_model, sample_clips
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
@@ -205,6 +205,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     a, count, scale = p.add_argument, number(int, 0), number(float, -100, 100)
     a("--ckpt", default="", help="checkpoint; default: the newest of runs/, else the shipped one")
+    a("--lora", default="", metavar="FILE", help="what train.py --lora learnt on top of --ckpt, exported")
     a("--mode", choices=list(MODES),
       help="default: generate with --text, --image or --mask, else interpolate. Without --input: a built-in")
     a("--text", default="", help="caption; empty = none")
@@ -310,6 +311,8 @@ def run(args, command):
         args.ckpt = default_checkpoint()                           # "the newest run" will be another one soon
         command += f" --ckpt {shlex.quote(args.ckpt)}"
     loaded = load_model(args.ckpt, kind)
+    if args.lora:
+        load_lora(args.lora, loaded)
     cfg, F = loaded.cfg, loaded.cfg.frames
     settle(args, cfg)
     straight, times = load_given(args, cfg.size)

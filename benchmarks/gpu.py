@@ -26,6 +26,7 @@ import rdtf  # noqa: E402
 import sample  # noqa: E402
 import speed  # noqa: E402
 import train  # noqa: E402
+from stickers import vae  # noqa: E402
 
 MODES = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}      # graphs: CUDA graphs
 EAGER_SIZES = {"tiny": (16, 64, 256), "base": (8, 32, 128)}                 # clips a batch
@@ -64,14 +65,14 @@ def seconds(work, device, repeats):
 def updates(model, preset, loss, device):
     """-> a function that does one whole update, as train.py does it."""
     recipe, params = train.RECIPES[preset], dict(model.named_parameters())
-    optimizers, shares = train.make_optimizers(model, recipe["optimizer"], recipe["weight_decay"])
+    optimizers = train.make_optimizers(model, recipe["optimizer"], recipe["weight_decay"])
     ema = {n: p.detach().clone() for n, p in params.items()}
 
     def update():
         with torch.autocast(device, torch.bfloat16):
             value = loss()
         value.backward()
-        train.update_weights(optimizers, shares, 1e-5, params, ema, recipe["ema"], 0, 1.0)
+        train.update_weights(optimizers, 1e-5, params, ema, recipe["ema"], 0, 1.0)
     return update
 
 
@@ -86,10 +87,12 @@ def paper_inputs(cfg, b, device):
 
 
 def smoke(args):
-    """train.py for two updates, resumed for a third, and sample.py, in bf16."""
+    """vae.py and train.py for two updates, resumed for a third, and sample.py, in bf16."""
     with tempfile.TemporaryDirectory() as out:
-        flags = ["--data", "synthetic:16", "--vae", "train", "--vae-steps", 2, "--batch-size", 2,
-                 "--out", out, "--device", args.device, "--precision", "bf16", "--log-every", 1]
+        flags = ["--data", "synthetic:16", "--batch-size", 2, "--out", out, "--device", args.device,
+                 "--precision", "bf16", "--log-every", 1]
+        vae.run(vae.parser().parse_args([str(x) for x in (*flags, "--steps", 2)]))
+        flags += ["--vae", f"{out}/vae.pt"]
         for steps in (2, 3):
             train.run(train.parser().parse_args([str(x) for x in (*flags, "--steps", steps)]))
         sample.main(["--ckpt", f"{out}/last.pt", "--text", "a red heart", "--out", f"{out}/x.webp",

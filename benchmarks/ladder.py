@@ -9,8 +9,8 @@ Time is process time of training alone, so a busy machine does not matter; the l
 warm-up, flat, then down over the last 30 %. At --marks moments the averaged weights are measured (`quality.py
 mean`, not on the clock). Every variant is a process of its own on one thread; the same command goes on where
 it was stopped, also after kill -9. Stores of latents (--data, --more) save encoding at every start, but fit
-one autoencoder: f8c16 and vae2 need stores of pixels, and f8c16 an autoencoder with f = 8 and 16 channels:
---vae FILE, or `--vae train`, which trains one first (off the clock).
+one autoencoder: f8c16 and vae2 need stores of pixels, and f8c16 an autoencoder with f = 8 and 16 channels
+(`python stickers/vae.py --latent-channels 16 --vae-patch 4`).
 """
 import argparse
 import json
@@ -94,7 +94,7 @@ class Clock:
     def __init__(self, out, args):
         self.out, self.budget = out, 60 * args.minutes
         self.args, self.began, self.before = args, None, 0.0
-        self.learning_rate, self.save = train.learning_rate, train.save_checkpoint
+        self.save = train.save_checkpoint
         if (out / "last.pt").exists():
             step = rdtf.read_weights(out / "last.pt")["step"]
             known = (x["seconds"] for x in lines(out / "clock.jsonl") if x["step"] <= step)
@@ -105,8 +105,6 @@ class Clock:
         return self.before + (0 if self.began is None else time.process_time() - self.began)
 
     def rate(self, step, peak, warmup, schedule, steps):
-        if steps != FOREVER:                                        # the autoencoder's: not on the clock
-            return self.learning_rate(step, peak, warmup, schedule, steps)
         self.began = time.process_time() if self.began is None else self.began
         if self.spent() >= self.budget:
             train.STOP["since"] = time.monotonic()                  # ends after this update, and saves
@@ -115,8 +113,6 @@ class Clock:
 
     def saved(self, path, content):
         self.save(path, content)
-        if content.get("stage") != "main":
-            return
         seconds, paused = self.spent(), time.process_time()
         with open(self.out / "clock.jsonl", "a") as file:
             file.write(json.dumps({"step": content["step"], "seconds": seconds}) + "\n")
@@ -146,7 +142,7 @@ def run(name, args):
     rdtf.PRESETS["tiny"].update(this.config)
     if not this.units:
         rdtf.guess_frames = without_units
-    keys = ("vae", "seed", "tasks", "save_every", "batch_size", "vae_steps")
+    keys = ("vae", "seed", "tasks", "save_every", "batch_size")
     passed = {key: getattr(args, key) for key in keys}
     flags = passed | this.flags | dict(data=args.data + args.more * bool(this.more), out=out, steps=FOREVER,
                                        curriculum="none", eval_every=0)
@@ -204,7 +200,6 @@ def main(arguments=None):
     p.add_argument("--data", nargs="+", default=[train.BUILT_IN[1]], help="as for train.py")
     p.add_argument("--more", nargs="+", default=[train.BUILT_IN[0]], help="sets that join at rung `data`")
     p.add_argument("--vae", required=True, help="as for train.py")
-    p.add_argument("--vae-steps", type=int, help="with --vae train; None: the preset's")
     p.add_argument("--tasks", default="i2v,it2v,predict_pre,predict_post,interpolate", help="tasks trained")
     p.add_argument("--batch-size", type=int, default=8, help="clips per update")
     p.add_argument("--measure", default=train.BUILT_IN[1], help="store of pixels, for held-out stickers")

@@ -9,7 +9,8 @@ import rdtf
 
 def test_every_job_in_miniature(monkeypatch, capsys):
     monkeypatch.setattr(rdtf, "PRESETS", rdtf.PRESETS.copy())
-    monkeypatch.setattr(gpu.train, "PRESETS", rdtf.PRESETS)
+    for module in (gpu.train, gpu.vae):
+        monkeypatch.setattr(module, "PRESETS", rdtf.PRESETS)
     for name in ("MODES", "EAGER_SIZES", "COMPILED_SIZES"):
         monkeypatch.setattr(gpu, name, getattr(gpu, name).copy())
     gpu.main("--device cpu --miniature --repeats 1".split())

@@ -1,7 +1,7 @@
-"""train.py with small presets that a test can afford: `python tests/run_micro.py FLAGS`.
+"""train.py and stickers/vae.py with small presets that a test can afford: `python tests/run_micro.py FLAGS`.
 
 `start` runs it in a process forked from a server that has imported everything already: that saves seconds.
-Hooks are failures to order, or things to look at: they run in that process before train.main().
+Hooks are failures to order, or things to look at: they run in that process before main().
 """
 
 import functools
@@ -20,6 +20,7 @@ import torch  # noqa: E402
 import curriculum  # noqa: E402
 import rdtf  # noqa: E402
 import train  # noqa: E402
+from stickers import vae  # noqa: E402
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1)])                # its first use imports seconds' worth of torch: once
@@ -32,13 +33,13 @@ rdtf.PRESETS["paperlike"] = SMALL                  # what `tiny` adds is off: ep
 for preset in ("micro", "micro64", "paperlike"):
     train.RECIPES[preset] = dict(steps=6, batch_size=2, optimizer="adamw", lr=1e-3, weight_decay=0.01,
                                  ema=0.9, warmup=2, schedule="cosine", noise_levels="normal", full=0.3,
-                                 vae_steps=4, vae_batch_size=2)
+                                 accumulation=1, tasks=",".join(curriculum.TASKS), word_drop=0.2)
 train.validation_rows = functools.partial(train.validation_rows, count=6)
 sheet = train.sample_sheet
 train.sample_sheet = lambda loaded, stickers, items, *a, **k: sheet(loaded, stickers, items[:1], *a, **k)
 
 
-def main(argv, output=None, env=None, hooks=()):
+def main(argv, output=None, env=None, hooks=(), program="train"):
     if output:
         fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1)
@@ -47,7 +48,10 @@ def main(argv, output=None, env=None, hooks=()):
     curriculum.WARMUP = 2                          # in this process only: the level moves soon
     for name, *arguments in hooks:
         globals()[name](*arguments)
-    sys.argv = ["train.py", "--preset", "micro", "--device", "cpu", "--precision", "fp32", *argv]
+    flags = ["--preset", "micro", "--device", "cpu", "--precision", "fp32", *argv]
+    if program == "vae":
+        sys.exit(vae.main(["--batch-size", "2", *flags]))
+    sys.argv = ["train.py", *flags]
     train.main()
 
 
@@ -62,18 +66,19 @@ def start(*rest):
 
 
 def before(name, action):
-    """action() runs before every call of a function of train.py."""
-    function = getattr(train, name)
+    """action() runs before every call of a function of train.py, else of stickers/vae.py."""
+    module = train if hasattr(train, name) else vae
+    function = getattr(module, name)
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
         action()
         return function(*args, **kwargs)
-    setattr(train, name, wrapped)
+    setattr(module, name, wrapped)
 
 
 def signal_at(number, name, call):
-    """The process sends itself a signal at the call-th call (from 0) of a function of train.py."""
+    """The process sends itself a signal at the call-th call (from 0) of a function."""
     left = [call]
 
     def act():
@@ -134,27 +139,6 @@ def eager_backend():
     torch.nn.Module.compile = lambda self: compiled(self, backend="eager", fullgraph=True)
 
 
-def work_ahead():
-    """As on a GPU: the next batches are made while this device works."""
-    init = train.Context.__init__
-
-    def ahead(self, args):
-        init(self, args)
-        self.ahead = True
-    train.Context.__init__ = ahead
-
-
-def dump_latents(path):
-    """What this process trains on goes to PATH-RANK."""
-    encode = train.encode
-
-    def dumping(*args):
-        stickers = encode(*args)
-        torch.save([torch.from_numpy(x) for x in stickers.shards], f"{path}-{os.environ.get('RANK', 0)}")
-        return stickers
-    train.encode = dumping
-
-
 def checkpoint_must_go():
     """At the first update nothing may hold the checkpoint that was loaded."""
     class Watched(dict):
@@ -174,9 +158,10 @@ def checkpoint_must_go():
 
 
 def seventh_task():
-    """One more row of the table of tasks, and nothing else."""
+    """One more row of the table of tasks, before train.py names all of them in a recipe, and nothing else."""
     row = curriculum.Task(lambda n: [{0, n - 1}] * (n > 2), (0.5, 0.5), (0.9, 0.9))
     curriculum.TASKS["between"] = row
+    train.RECIPES["micro"]["tasks"] = ",".join(curriculum.TASKS)
 
 
 if __name__ == "__main__":

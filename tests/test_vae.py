@@ -1,9 +1,16 @@
-"""Stable-Diffusion-type autoencoder weights: the diffusers layout at its real size, with random values."""
+"""Claims about the autoencoder: it takes Stable Diffusion's weights (the diffusers layout at its real size,
+with random values), and stickers/vae.py trains our own."""
 
+import signal
+
+import numpy as np
 import pytest
 import torch
 
+from data import open_store
 from rdtf import load_vae
+from stickers import vae as vae_script
+from test_train import begin, difference, go, log_of, store  # noqa: F401: a fixture
 
 SCALE = 0.18215                                             # of Stable Diffusion's latents
 
@@ -84,3 +91,55 @@ def test_any_other_file_is_refused_in_one_line_and_never_run(tmp_path, monkeypat
         load_vae("vae.pt")
     assert str(error.value).startswith("vae.pt: ") and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training our own: stickers/vae.py
+
+
+def test_it_learns_and_leaves_a_small_file_with_measured_statistics(store, tmp_path):  # noqa: F811
+    go(tmp_path, store, "--steps", 40, "--log-every", 1, "--batch-size", 4, program="vae")
+    losses = [x["loss"] for x in log_of(tmp_path, "vae")]
+    assert len(losses) == 40 and np.mean(losses[30:34]) < 0.6 * np.mean(losses[:4])
+    vae, data = load_vae(tmp_path / "vae.pt"), torch.load(tmp_path / "vae.pt", weights_only=True)
+    assert all(x.dtype == torch.float16 for x in data["vae"].values()) and "optimizers" not in data
+    x = vae_script.draw_pictures(open_store(store), range(24), range(24), 1)
+    with torch.no_grad():
+        z = vae.encode(x)
+        assert vae_script.picture_loss(vae.decode(z), x).mean() < np.mean(losses[:4])
+    assert z.mean((0, 2, 3)).abs().max() < 0.5 and (z.std((0, 2, 3)) - 1).abs().max() < 0.5
+
+
+def test_stopped_killed_and_resumed_it_equals_undisturbed_bitwise(store, tmp_path):  # noqa: F811
+    flags, out = ("--steps", 6, "--save-every", 1), tmp_path / "run"
+    go(tmp_path / "calm", store, *flags, program="vae")
+    hooks = [("signal_at", int(signal.SIGTERM), "vae_losses", 1)]
+    printed = go(out, store, *flags, hooks=hooks, program="vae")
+    assert "same command" in printed and torch.load(out / "training.pt", weights_only=True)["step"] == 2
+    assert not (out / "vae.pt").exists()
+    for place in ((2, "half"), (1, "written"), (2, "renamed")):
+        process = begin(out, store, flags, None, [("kill_in_save", *place)], program="vae")
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    go(out, store, *flags, program="vae")
+    assert not difference(tmp_path / "calm" / "training.pt", out / "training.pt")
+    assert (tmp_path / "calm" / "vae.pt").read_bytes() == (out / "vae.pt").read_bytes()
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "{tmp}/none"], "none"), (["--steps", "0"], "--steps: 0: must be at least 1"),
+    (["--preset", "paper"], "--vae"), (["--size", "30"], "multiple of 4"),
+    (["--out", "{tmp}/file/run"], "file"), (["--out", "{tmp}/run"], "training.pt: no vae checkpoint"),
+    (["--device", "cuda:77"], "--device cpu")])
+def test_bad_input_of_its_training_is_one_line(tmp_path, capsys, flags, words):
+    (tmp_path / "run").mkdir()
+    for name in ("file", "run/training.pt"):
+        (tmp_path / name).write_text("no checkpoint")
+    given = ["--data", "synthetic:8", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    try:
+        code = vae_script.main(given + [x.format(tmp=tmp_path) for x in flags])
+    except SystemExit as end:                               # argparse
+        code = end.code
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and error.startswith("vae.py: ") and words in error and "\n" not in error, error
