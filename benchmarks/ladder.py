@@ -31,9 +31,25 @@ import rdtf  # noqa: E402
 import train  # noqa: E402
 
 
+PLACES = rdtf.guess_frames
+
+
+def units_per_clip(given, cond_mask):
+    """In place of rdtf.guess_frames: one unit for all places of a clip, from the mean over them."""
+    guess, unit = PLACES(given, cond_mask)
+    several = unit.flatten(1).std(1) > 0                            # else it is a constant already
+    mean = unit.square().mean((3, 4), keepdim=True).sqrt()
+    return guess, torch.where(several[:, None, None, None, None], mean, unit[..., :1, :1])
+
+
 def without_units(given, cond_mask):
     """In place of rdtf.guess_frames: the blend, as if what differs from it had variance 1."""
     return rdtf.blend(given, cond_mask), given.new_ones(len(given), 1, 1, 1, 1)
+
+
+def seldom_late(kind, g, rng, usual=train.noise_step):
+    """In place of train.noise_step: normal log-SNR for all, no share of its own for the noisiest fifth."""
+    return usual(kind, g, SimpleNamespace(random=lambda: 1.0))
 
 
 class Rung(NamedTuple):
@@ -41,25 +57,32 @@ class Rung(NamedTuple):
     after: str = ""                       # the rung that it adds to
     config: dict = {}                     # what changes in Config
     flags: dict = {}                      # ... and in the flags of train.py
-    units: bool | None = None             # the residual in units of its own? None: as before
-    more: bool | None = None              # with the sets of --more?
+    guess: object = None                  # stands in for rdtf.guess_frames; None: as before
+    steps: object = None                  # stands in for train.noise_step; None: as before
+    more: bool | None = None              # with the sets of --more? None: as before
 
 
 RUNGS = {
     "f8c16": Rung("the first release's: f = 8, 16 channels", "", dict(
         latent_channels=16, vae_patch=4, widths=(64, 128), narrow=False, inputs=False, clean=False),
-        dict(optimizer="adamw", lr=1e-3, noise_levels="uniform", full=0.0), False, False),
+        dict(optimizer="adamw", lr=1e-3, weight_decay=0.01, noise_levels="uniform", full=0.0),
+        without_units, seldom_late, False),
     "f4c4": Rung("f = 4, 4 channels, narrow attention", "f8c16", dict(
         latent_channels=4, vae_patch=2, widths=(32, 64, 128), narrow=True)),
-    "units": Rung("+ residual in its own units", "f4c4", units=True),
+    "units": Rung("+ residual in units of its clip", "f4c4", guess=units_per_clip),
     "inputs": Rung("+ guess, masks, frame number as inputs", "units", dict(inputs=True)),
     "clean": Rung("+ given frames clean", "inputs", dict(clean=True)),
     "data": Rung("+ full clips, the sets of --more", "clean", flags=dict(full=0.5), more=True),
-    "muon": Rung("+ Muon", "data", flags=dict(optimizer="muon", lr=0.01)),
-    "noise": Rung("+ normal noise levels (= tiny)", "muon", flags=dict(noise_levels="normal")),
-    "adamw": Rung("tiny with AdamW", "noise", flags=dict(optimizer="adamw", lr=1e-3)),
-    "fluent": Rung("tiny without the sets of --more", "noise", more=False),
-    "vae2": Rung("tiny with another autoencoder (--vae)", "noise"),
+    "muon": Rung("+ Muon", "data", flags=dict(optimizer="muon", lr=0.01, weight_decay=0.5)),
+    "noise": Rung("+ normal noise levels", "muon", flags=dict(noise_levels="normal")),
+    "late": Rung("+ 30 % in the noisiest fifth", "noise", steps=train.noise_step),
+    "tiny": Rung("+ units per place (= tiny)", "late", guess=PLACES),
+    "adamw": Rung("tiny with AdamW", "tiny", flags=dict(optimizer="adamw", lr=1e-3, weight_decay=0.01)),
+    "lr02": Rung("tiny, rate 0.02", "tiny", flags=dict(lr=0.02)),
+    "lr005": Rung("tiny, rate 0.005", "tiny", flags=dict(lr=0.005)),
+    "batch4": Rung("tiny, batches of 4", "tiny", flags=dict(batch_size=4)),
+    "fluent": Rung("tiny without the sets of --more", "tiny", more=False),
+    "vae2": Rung("tiny with another autoencoder (--vae)", "tiny"),
 }
 FOREVER = 10 ** 6                         # updates; the clock stops the run
 MODES = ("interpolate-2", "interpolate-3", "predict-post", "it2v")
@@ -72,7 +95,7 @@ def rung(name):
         return this
     below = rung(this.after)
     return Rung(this.what, "", below.config | this.config, below.flags | this.flags,
-                *(b if t is None else t for t, b in ((this.units, below.units), (this.more, below.more))))
+                *(b if t is None else t for t, b in zip(this[4:], below[4:])))
 
 
 def lines(path):
@@ -140,8 +163,7 @@ def run(name, args):
         return print(f"{out}: has its {args.minutes:g} minutes already")
     torch.set_num_threads(1)
     rdtf.PRESETS["tiny"].update(this.config)
-    if not this.units:
-        rdtf.guess_frames = without_units
+    rdtf.guess_frames, train.noise_step = this.guess, this.steps
     keys = ("vae", "seed", "tasks", "save_every", "batch_size")
     passed = {key: getattr(args, key) for key in keys}
     flags = passed | this.flags | dict(data=args.data + args.more * bool(this.more), out=out, steps=FOREVER,
