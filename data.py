@@ -613,14 +613,16 @@ def decode_item(path, size, most, filters=FILTERS):
 
 def serve(work):
     """The life of a decoding process: an item from stdin, its result to stdout, until there are no more."""
+    out, sys.stdout = sys.stdout.buffer, sys.stderr                # a library's prints must not get between
     with contextlib.suppress(EOFError):
         while True:
-            pickle.dump(work(pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
-            sys.stdout.flush()
+            pickle.dump(work(pickle.load(sys.stdin.buffer)), out)
+            out.flush()
 
 
 def in_order(work, items, workers, timeout=120):
-    """Yields work(item) in order, from `workers` processes (0: from this one); work: a partial of a function.
+    """Yields work(item) in order, from `workers` processes (0: from this one); work: a partial of a function
+    with keywords that their repr can make again: numbers and strings.
 
     A process that crashes or hangs costs the item it was at, which comes back as ("unreadable", why). Each
     has a thread here that talks to it, and a session of its own: a Ctrl-C reaches our main thread only.

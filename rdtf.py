@@ -274,8 +274,8 @@ class Detail(nn.Module):
         return rearrange(d, "(b c) t h w -> (b t) c h w", c=c)
 
     def conv(self, i, x):
-        """norm, SiLU, convolution. A CPU's kernels work on 16 maps at a time: there 16 are made and 8 dropped,
-        which takes a tenth off a training step in bf16 (benchmarks/README.md)."""
+        """Norm, SiLU, convolution. A CPU's kernels work on 16 maps at a time: there 16 are made and 8 are
+        dropped, which takes a tenth off a training step in bf16 (benchmarks/README.md)."""
         conv, spare = self.convs[i], -self.frames % 16 if x.device.type == "cpu" else 0
         weight, bias = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, spare)), F.pad(conv.bias, (0, spare))
         return F.conv2d(F.silu(self.norms[i](x)), weight, bias, padding=1)[:, :self.frames]
@@ -859,6 +859,8 @@ def load_vae(path):
     """The autoencoder of one of our checkpoints, or Stable Diffusion's -> frozen AutoencoderKL. ValueError,
     one line, for any other file."""
     data = read_weights(path)
+    if isinstance(data, dict) and data.get("stage") == "lora":
+        raise ValueError(f"{path}: a LoRA alone, for sample.py --lora; name what it was trained on")
     try:
         if "vae" in data:
             vae, state = AutoencoderKL(Config(**data["config"])), data["vae"]
@@ -1048,7 +1050,7 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
 # ------------------------------------------------------------------------------------------------------------
 # A model ready to use
 
-FORMAT = 2                                # of checkpoints
+FORMAT = 3                                # of checkpoints; 3: units per place
 
 
 class Loaded(NamedTuple):
@@ -1066,8 +1068,8 @@ def load_model(path, device="cpu"):
     data = read_weights(path)
     about = data if isinstance(data, dict) else {}
     if about.get("format") != FORMAT or about.get("stage") != "main":
-        alone = about.get("stage") == "vae"
-        what = "an autoencoder alone" if alone else "no checkpoint of this version of rdtf"
+        alone = {"vae": "an autoencoder alone", "lora": "a LoRA alone, for sample.py --lora"}
+        what = alone.get(about.get("stage"), "no checkpoint of this version of rdtf")
         raise ValueError(f"{path}: {what}; use a run's last.pt")
     try:
         cfg = Config(**data["config"])
@@ -1090,11 +1092,12 @@ def load_lora(path, loaded):
     """What `train.py --lora` exported -> into the weights of the model it was trained on. ValueError, one
     line, for any other file or model."""
     data = read_weights(path)
-    if data.get("format") != FORMAT or data.get("stage") != "lora":
+    about = data if isinstance(data, dict) else {}
+    if about.get("format") != FORMAT or about.get("stage") != "lora" or "lora" not in about:
         raise ValueError(f"{path}: no LoRA of this version of rdtf; write one with train.py --lora, --export")
-    if data["base"] != fingerprint(loaded.model):
+    if about.get("base") != fingerprint(loaded.model):
         raise ValueError(f"{path}: trained on top of another checkpoint; give that one with --ckpt")
-    merge_lora(loaded.model, to_device(data["lora"], loaded.vae.mean.device))
+    merge_lora(loaded.model, to_device(about["lora"], loaded.vae.mean.device))
 
 
 def to_device(x, device):

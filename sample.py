@@ -307,6 +307,8 @@ def run(args, command):
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if args.lora and not args.ckpt:
+        raise DataError(f"--lora {args.lora}: name with --ckpt the checkpoint it was trained on")
     if not args.ckpt:
         args.ckpt = default_checkpoint()                           # "the newest run" will be another one soon
         command += f" --ckpt {shlex.quote(args.ckpt)}"

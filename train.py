@@ -50,7 +50,7 @@ SMALL = dict(accumulation=1, optimizer="muon", lr=0.01, weight_decay=0.5, schedu
              tasks="t2v,t2v,t2v,i2v,it2v,predict_pre,predict_post,interpolate", word_drop=0.1,
              noise_levels="normal")
 RECIPES = {  # what the flags of a preset default to
-    "tiny": dict(SMALL, steps=500, batch_size=8, ema=0.998, warmup=50),
+    "tiny": dict(SMALL, steps=700, batch_size=8, ema=0.998, warmup=50),
     "base": dict(SMALL, steps=100_000, batch_size=16, ema=0.9999, warmup=1000),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5
     "paper": dict(accumulation=6, optimizer="adamw", lr=1e-5, weight_decay=0.01, schedule="constant",
@@ -213,7 +213,7 @@ def noise_step(kind, g, rng):
     uniform: the paper's. normal: log-SNR ~ N(-0.6, 2), but 30 % are in the noisiest fifth: there the caption
     decides, and what moves where, and a network that sees it seldom lets the noise through (ours)."""
     u = (g * 0.6180339887498949 + 0.5) % 1                           # golden-section sequence
-    late = rng.random() < 0.3
+    late = rng.random() < 0.3                                        # drawn for both: the rest stays the same
     if kind == "uniform":
         return int(1000 * u)
     if late:
@@ -501,7 +501,8 @@ def plot_log(log, png):
             (690, "EV, 0: the blend", {t: [(x["step"], x["ev"].get(t)) for x in held] for t in TASKS})):
         curves = {name: [p for p in points if p[1] is not None] for name, points in curves.items()}
         xs, ys = zip(*[p for points in curves.values() for p in points] or [(1, 0.0)])
-        low, high, right = max(min(ys), -0.2), float(np.quantile(ys, 0.97)) + 1e-3, max(xs)
+        low, right = max(min(ys), -0.2), max(xs)
+        high = max(low, float(np.quantile(ys, 0.97))) + 1e-3
         draw.rectangle((left, 50, left + 460, 370), outline="#444444")
         draw.text((left, 30), f"{title}: {low:.3f} to {high:.3f} over {right} updates", "#444444")
         for i, (name, points) in enumerate(curves.items()):
@@ -516,8 +517,9 @@ def plot_log(log, png):
 def print_parts(model, vae, args):
     parts = {**dict(model.net.named_children()), "DFGN": model.net, "text": model.text, "autoencoder": vae}
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
-    copies = 5 if args.optimizer == "adamw" else 4                          # Muon keeps one moment
-    memory = 4e6 * copies * (sizes["DFGN"] + sizes["text"]) / 2 ** 30
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = 3 if args.optimizer == "adamw" else 2                          # gradient, moments: Muon has one
+    memory = 4 * (2e6 * (sizes["DFGN"] + sizes["text"]) + copies * trained) / 2 ** 30
     print("parameters: " + ", ".join(f"{name} {size:.2f} M" for name, size in sizes.items() if size > 0.001))
     print(f"memory per process: weights, gradients, moments and EMA {memory:.2f} GiB")
 
@@ -546,7 +548,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         model.load_state_dict(given.model.state_dict())
         del given
     if args.lora:
-        static["base"] = fingerprint(model)                                 # on resuming: that of the file
+        static["base"] = None if resumed else fingerprint(model)
         add_lora(model, args.lora)
     model.to(device).train()
     average = copy.deepcopy(model).eval()                                   # has the averaged weights
@@ -557,6 +559,9 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     now, history = 0, curriculum.state_dict()
     if resumed:
         saved = load_checkpoint(path, "main", cfg)
+        if saved["args"].get("lora", 0) != args.lora:
+            raise DataError(f"{path}: made with --lora {saved['args'].get('lora', 0)}; give that, or "
+                            "another --out")
         if saved["vae_id"] != static["vae_id"]:
             raise DataError(f"{path}: made with another autoencoder; name that with --vae, or another --out")
         if saved["fingerprint"] != static["fingerprint"] and ctx.main:
@@ -584,7 +589,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
             save_checkpoint(file, {**static, **state_of(now, model, average, optimizers),
                                    "curriculum": curriculum.state_dict()})
 
-    # The batch of an update is made while a GPU works on the one before, whose loss nobody knows yet.
+    # The batch of an update is made before the loss of the one before it is known: a GPU works meanwhile.
     source = model.text, stickers, order, curriculum, args, ctx
     curriculum.load_state_dict({k: v[:-1] for k, v in history.items()})
     ready = prepare(now, *source)
@@ -616,7 +621,8 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         # -------------------------------------------------------------------------------------------- log
         window.append((loss, norm, time.perf_counter() - began, data_time))
         if not args.dry_run and (now % args.log_every == 0 or now == args.steps):
-            (loss, norm, *_), (*_, seconds, data_time) = np.mean(window, 0), np.sum(window, 0)
+            loss, norm, *_ = np.mean(window, 0)
+            *_, seconds, data_time = np.sum(window, 0)
             rate = len(window) * global_batch / seconds
             bar.set_postfix_str(f"loss {loss:.4f} {rate:.1f} clips/s")
             if ctx.main:
@@ -641,7 +647,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         if stop:
             break
     if args.dry_run and ctx.main:
-        seconds = float(np.mean(window[1:], 0)[2])                          # the first update warms up
+        seconds = float(np.mean(window[1:] or window, 0)[2])                # the first update warms up
         print(f"time: {seconds:.2f} s per update, {args.steps} updates take about "
               f"{args.steps * seconds / 3600:.1f} hours. Nothing was written.")
         if device.type == "cuda":
@@ -747,7 +753,7 @@ def run(args):
 
 
 def export(args):
-    """OUT/last.pt -> a small file that sample.py, --vae and --init read."""
+    """OUT/last.pt -> a small file that sample.py, --vae and --init read; of a LoRA only what it added."""
     path = Path(args.out or f"runs/{args.preset}", "last.pt")
     if not path.exists():
         raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")

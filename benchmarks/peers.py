@@ -272,7 +272,7 @@ def main(arguments=None):
         else:                                                       # a process each: patches must not mix
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
             words = list(sys.argv[1:] if arguments is None else arguments)
-            rest = [w for w in words[1:] if w not in args.names]
+            rest = words[1 + len(args.names):]
             for name in args.names:
                 subprocess.run([sys.executable, __file__, "run", name, *rest], check=True)
     except (data.DataError, ImportError, ValueError) as error:

@@ -8,6 +8,7 @@ stopped, also after kill -9. Every draw is a pure function of the seed and the s
 """
 import argparse
 import copy
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -150,12 +151,12 @@ def parser():
 
 def run(args):
     own = {k: getattr(args, k) for k in ("size", "latent_channels", "vae_patch") if getattr(args, k)}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DataError("torchrun: the autoencoder trains in one process; start it with python")
     cfg, ctx, out = Config(**PRESETS[args.preset] | own), Context(args), Path(args.out)
     if cfg.vae_channels == 3:
         raise DataError(f"--preset {args.preset} uses Stable Diffusion's autoencoder: give that to train.py "
                         "with --vae, or train one here for --preset base")
-    if ctx.world > 1:
-        raise DataError("torchrun: the autoencoder trains in one process; start it with python")
     if cfg.size % cfg.f:
         raise DataError(f"--size {cfg.size}: must be a multiple of {cfg.f}, the pixels per latent")
     stickers, order, _ = open_data(args, cfg, fewest=1)

@@ -406,6 +406,8 @@ WRONG = {   # flags -> what the line must name
     "--image one.webp --input soft.webp": "--image and --input",
     "--mode interpolate --input one.webp": "one still picture",
     "--mode interpolate --image one.webp": "use --input",
+    "--lora micro.pt": "no LoRA of this version",
+    "--lora nothing.pt": "no such file",
     "--mode interpolate --input soft.webp --mask 10": "--mask with --mode interpolate",
     "--mode interpolate --input soft.webp --frames 4": "--frames with --mode interpolate",
     "--mode interpolate --input soft.webp --length 40": "--length 40",

@@ -564,6 +564,9 @@ def test_lora_is_a_small_file_beside_its_base_and_resumes(store, plain, tmp_path
     with pytest.raises(ValueError, match="no LoRA"):
         rdtf.load_lora(base, own)
     assert "needs --init" in refused(["--data", str(store), "--lora", "2"], capsys)
+    changed = [str(x) for x in ("--data", store, "--out", run, "--init", base, "--lora", 4)]
+    assert "made with --lora 2" in refused(changed, capsys)
+    assert "a LoRA alone" in refused(["--data", str(store), "--init", str(lora)], capsys)
 
 
 # ------------------------------------------------------------------------------------------------------------
