@@ -84,7 +84,7 @@ class Config:
 
 
 SMALL = dict(narrow=True, prediction="v", residual=True, inputs=True, clean=True, pooled_text=True,
-             sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
+             sampler="dpm", steps=8, text_scale=4.0, image_scale=1.0)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
@@ -417,23 +417,21 @@ def blend(given, cond_mask):
 
 
 def guess_frames(given, cond_mask):
-    """-> (guess (b, t, c, h, w): `blend`; unit (b, 1, 1, h, w): how far off it will be about, RMS).
+    """-> (guess (b, t, c, h, w): `blend`; unit (b, 1, 1, 1, 1): how far off it will be about, RMS).
 
     The process assumes that what it diffuses has variance 1. What differs from the guess has between 0.002
-    and 0.25, and the given frames tell where: around places at which neighbouring ones differ much, so do the
-    frames between, and what stands still stays. Added to that is 0.25^2, for what moves although they agree.
-    One given frame tells nothing about motion: its unit is a constant. Without any, the guess is zero and the
-    latents themselves have variance 1."""
+    and 0.25, and the given frames tell which: where neighbouring ones differ much, so do the frames between.
+    Added to that is 0.25^2, for what moves although they agree. One given frame tells nothing about motion:
+    its unit is a constant. Without any, the guess is zero and the latents themselves have variance 1."""
     last = neighbours(cond_mask)[0]
     last = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)   # b t: given before it, or -1
     pair = cond_mask & (last >= 0)                                          # b t: has a given neighbour
     row = torch.arange(len(given), device=given.device)[:, None]
     jump = torch.where(spread(pair), given - given[row, last.clamp(min=0)], 0).square()
-    square = jump.mean(2).sum(1) / pair.sum(1).clamp(min=1)[:, None, None]  # b h w: mean over the pairs
-    square = F.avg_pool2d(square[:, None], 3, 1, 1, count_include_pad=False)[:, None]     # b 1 1 h w
-    count = cond_mask.sum(1)[:, None, None, None, None]
-    return blend(given, cond_mask), torch.where(
-        count > 1, (square + 0.0625).sqrt(), torch.where(count == 1, 0.8, 1.0))
+    square = jump.mean((2, 3, 4)).sum(1) / pair.sum(1).clamp(min=1)         # b: mean over the pairs
+    count = cond_mask.sum(1)
+    unit = torch.where(count > 1, (square + 0.0625).sqrt(), torch.where(count == 1, 0.8, 1.0))
+    return blend(given, cond_mask), unit[:, None, None, None, None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -511,9 +509,8 @@ class DFGN(nn.Module):
         if self.cfg.inputs:                                                 # zeros would mean the mean latent
             guess, unit = guess_frames(given, known)
             given = torch.where(spread(real), guess, 0)
-            maps = [spread(x).float().expand(b, f, 1, h, w) for x in (known, real)]
-            maps.append(unit.log().expand(b, f, 1, h, w))
-            extra = [torch.cat(maps, 2).flatten(0, 1)]
+            maps = known.float(), real.float(), unit.log().view(b, 1).expand(b, f)
+            extra = [torch.stack(maps, 2).flatten(0, 1)[:, :, None, None].expand(-1, -1, h, w)]
         features = self.condition_encoder(given.flatten(0, 1))              # (b t) c h w
         features = torch.cat([features, *(x.to(features.dtype) for x in extra)], 1)
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
@@ -1050,7 +1047,7 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
 # ------------------------------------------------------------------------------------------------------------
 # A model ready to use
 
-FORMAT = 3                                # of checkpoints; 3: units per place
+FORMAT = 2                                # of checkpoints
 
 
 class Loaded(NamedTuple):

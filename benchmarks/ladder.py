@@ -31,17 +31,6 @@ import rdtf  # noqa: E402
 import train  # noqa: E402
 
 
-PLACES = rdtf.guess_frames
-
-
-def units_per_clip(given, cond_mask):
-    """In place of rdtf.guess_frames: one unit for all places of a clip, from the mean over them."""
-    guess, unit = PLACES(given, cond_mask)
-    several = unit.flatten(1).std(1) > 0                            # else it is a constant already
-    mean = unit.square().mean((3, 4), keepdim=True).sqrt()
-    return guess, torch.where(several[:, None, None, None, None], mean, unit[..., :1, :1])
-
-
 def without_units(given, cond_mask):
     """In place of rdtf.guess_frames: the blend, as if what differs from it had variance 1."""
     return rdtf.blend(given, cond_mask), given.new_ones(len(given), 1, 1, 1, 1)
@@ -69,14 +58,13 @@ RUNGS = {
         without_units, seldom_late, False),
     "f4c4": Rung("f = 4, 4 channels, narrow attention", "f8c16", dict(
         latent_channels=4, vae_patch=2, widths=(32, 64, 128), narrow=True)),
-    "units": Rung("+ residual in units of its clip", "f4c4", guess=units_per_clip),
+    "units": Rung("+ residual in its own units", "f4c4", guess=rdtf.guess_frames),
     "inputs": Rung("+ guess, masks, frame number as inputs", "units", dict(inputs=True)),
     "clean": Rung("+ given frames clean", "inputs", dict(clean=True)),
     "data": Rung("+ full clips, the sets of --more", "clean", flags=dict(full=0.5), more=True),
     "muon": Rung("+ Muon", "data", flags=dict(optimizer="muon", lr=0.01, weight_decay=0.5)),
     "noise": Rung("+ normal noise levels", "muon", flags=dict(noise_levels="normal")),
-    "late": Rung("+ 30 % in the noisiest fifth", "noise", steps=train.noise_step),
-    "tiny": Rung("+ units per place (= tiny)", "late", guess=PLACES),
+    "tiny": Rung("+ 30 % in the noisiest fifth (= tiny)", "noise", steps=train.noise_step),
     "adamw": Rung("tiny with AdamW", "tiny", flags=dict(optimizer="adamw", lr=1e-3, weight_decay=0.01)),
     "lr02": Rung("tiny, rate 0.02", "tiny", flags=dict(lr=0.02)),
     "lr005": Rung("tiny, rate 0.005", "tiny", flags=dict(lr=0.005)),

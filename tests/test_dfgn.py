@@ -337,8 +337,8 @@ def test_inputs_tell_the_guess_both_masks_and_the_frame_number():
     features = net.condition(cond, context, given, real).features.unflatten(0, (2, 8))
     guess, unit = guess_frames(cond, given)
     assert torch.equal(seen[0].unflatten(0, (2, 8)), torch.where(real[:, :, None, None, None], guess, 0))
-    for channel, want in enumerate((given[:, :, None, None], real[:, :, None, None], unit[:, 0].log()), -3):
-        assert torch.equal(features[:, :, channel], want.float().expand(2, 8, 8, 8))
+    for channel, want in ((-3, given.float()), (-2, real.float()), (-1, unit.log().view(2, 1).expand(2, 8))):
+        assert torch.equal(features[:, :, channel], want[:, :, None, None].expand(2, 8, 8, 8))
     order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
     with torch.no_grad():
         before = net(x, t, cond, context, given, real)
