@@ -84,7 +84,7 @@ class Config:
 
 
 SMALL = dict(narrow=True, prediction="v", residual=True, inputs=True, clean=True, pooled_text=True,
-             sampler="dpm", steps=8, text_scale=4.0, image_scale=1.0)
+             sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
