@@ -198,6 +198,25 @@ def table(args):
     figure.savefig(Path(args.out) / "ladder.png", dpi=110)
 
 
+def command(args, arguments, file, run, table):
+    """The commands `table DIR` and `run NAME ...` of `file`; peers.py has the same."""
+    try:
+        if args.command == "table":
+            table(args)
+        elif len(args.names) == 1:
+            run(args.names[0], args)
+        else:                                                       # a process each: patches must not mix
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            rest = words[1 + len(args.names):]
+            for name in args.names:
+                subprocess.run([sys.executable, file, "run", name, *rest], check=True)
+    except (data.DataError, ImportError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+
+
 def main(arguments=None):
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
@@ -212,28 +231,14 @@ def main(arguments=None):
     p.add_argument("--vae", required=True, help="as for train.py")
     p.add_argument("--tasks", default="i2v,it2v,predict_pre,predict_post,interpolate", help="tasks trained")
     p.add_argument("--batch-size", type=int, default=8, help="clips per update")
-    p.add_argument("--measure", default=train.BUILT_IN[1], help="store of pixels, for held-out stickers")
+    p.add_argument("--measure", default=str(train.HERE / "stickers" / "fluent"), help="pixels")
     p.add_argument("--count", type=int, default=64, help="of them")
     p.add_argument("--marks", type=int, default=6, help="measurements")
     p.add_argument("--save-every", type=int, default=50, help="updates between checkpoints")
     p = commands.add_parser("table")
     p.add_argument("out", help="folder of the runs")
     args = top.parse_args(arguments)
-    try:
-        if args.command == "table":
-            table(args)
-        elif len(args.names) == 1:
-            run(args.names[0], args)
-        else:                                                       # a process each: patches must not mix
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            words = list(sys.argv[1:] if arguments is None else arguments)
-            rest = words[1 + len(args.names):]
-            for name in args.names:
-                subprocess.run([sys.executable, __file__, "run", name, *rest], check=True)
-    except (data.DataError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+    command(args, arguments, __file__, run, table)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,6 @@ Each peer is a process on one thread. The same command goes on where it was stop
 """
 import argparse
 import json
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -264,21 +262,7 @@ def main(arguments=None):
     p = commands.add_parser("table")
     p.add_argument("out", help="folder of the runs")
     args = top.parse_args(arguments)
-    try:
-        if args.command == "table":
-            table(args)
-        elif len(args.names) == 1:
-            run(args.names[0], args)
-        else:                                                       # a process each: patches must not mix
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-            words = list(sys.argv[1:] if arguments is None else arguments)
-            rest = words[1 + len(args.names):]
-            for name in args.names:
-                subprocess.run([sys.executable, __file__, "run", name, *rest], check=True)
-    except (data.DataError, ImportError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+    ladder.command(args, arguments, __file__, run, table)
 
 
 if __name__ == "__main__":

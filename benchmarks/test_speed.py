@@ -31,10 +31,13 @@ def test_counting_the_paper_needs_no_gpu(capsys):
 
 
 def test_rungs_add_up():
-    assert ladder.rung("noise").flags == dict(optimizer="muon", lr=0.01, noise_levels="normal", full=0.5)
-    top, tiny = ladder.rung("noise"), rdtf.Config(**rdtf.PRESETS["tiny"])
-    assert top.units and top.more and all(getattr(tiny, key) == value for key, value in top.config.items())
-    assert not ladder.rung("f4c4").units and not ladder.rung("fluent").more
+    assert ladder.rung("noise").flags == dict(optimizer="muon", lr=0.01, weight_decay=0.5,
+                                              noise_levels="normal", full=0.5)
+    top, tiny = ladder.rung("tiny"), rdtf.Config(**rdtf.PRESETS["tiny"])
+    assert (top.guess, top.steps) == (rdtf.guess_frames, ladder.train.noise_step)
+    assert top.more and all(getattr(tiny, key) == value for key, value in top.config.items())
+    assert ladder.rung("noise").steps == ladder.seldom_late and not ladder.rung("fluent").more
+    assert ladder.rung("f4c4").guess == ladder.without_units
     cfg = rdtf.Config(**rdtf.PRESETS["tiny"] | ladder.rung("f8c16").config)
     assert (cfg.f, cfg.latent_channels) == (8, 16)
 
