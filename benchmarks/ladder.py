@@ -6,7 +6,7 @@
     python benchmarks/ladder.py table runs/ladder                # ladder.md and ladder.png
 
 Time is process time of training alone, so a busy machine does not matter; the learning rate follows it, too:
-warm-up, flat, then down over the last 30 %. At --marks moments the averaged weights are measured (`quality.py
+warm-up, flat, then down over the last 30 %. A curriculum runs its course in it. At --marks moments the averaged weights are measured (`quality.py
 mean`, not on the clock). Every variant is a process of its own on one thread; the same command goes on where
 it was stopped, also after kill -9. Stores of latents (--data, --more) save encoding at every start, but fit
 one autoencoder: f8c16 and vae2 need stores of pixels, and f8c16 an autoencoder with f = 8 and 16 channels
@@ -29,6 +29,7 @@ import data  # noqa: E402
 import quality  # noqa: E402
 import rdtf  # noqa: E402
 import train  # noqa: E402
+from curriculum import Curriculum  # noqa: E402
 
 
 def without_units(given, cond_mask):
@@ -74,6 +75,7 @@ RUNGS = {
 }
 FOREVER = 10 ** 6                         # updates; the clock stops the run
 MODES = ("interpolate-2", "interpolate-3", "predict-post", "it2v")
+TASKS = "i2v,it2v,predict_pre,predict_post,interpolate"
 
 
 def rung(name):
@@ -100,7 +102,7 @@ def lines(path):
 class Clock:
     """Stands in for two functions of train.py: `learning_rate`, called once in every update, follows the
     clock and ends the run, and `save_checkpoint`, after which it is noted how much time is in the checkpoint
-    and the weights are measured when a mark has passed."""
+    and the weights are measured when a mark has passed. A curriculum's course follows the clock, too."""
 
     def __init__(self, out, args):
         self.out, self.budget = out, 60 * args.minutes
@@ -111,16 +113,20 @@ class Clock:
             known = (x["seconds"] for x in lines(out / "clock.jsonl") if x["step"] <= step)
             self.before = max(known, default=0.0)
         train.learning_rate, train.save_checkpoint = self.rate, self.saved
+        weights = Curriculum.weights
+        Curriculum.weights = lambda curriculum, step: weights(curriculum, curriculum.total * self.share())
 
     def spent(self):
         return self.before + (0 if self.began is None else time.process_time() - self.began)
+
+    def share(self):
+        return min(1.0, self.spent() / self.budget)
 
     def rate(self, step, peak, warmup, schedule, steps):
         self.began = time.process_time() if self.began is None else self.began
         if self.spent() >= self.budget:
             train.STOP["since"] = time.monotonic()                  # ends after this update, and saves
-        left = 1 - min(1, self.spent() / self.budget)
-        return peak * min(1, (step + 1) / max(1, warmup)) * max(0.02, min(1, left / 0.3))
+        return peak * min(1, (step + 1) / max(1, warmup)) * max(0.02, min(1, (1 - self.share()) / 0.3))
 
     def saved(self, path, content):
         self.save(path, content)
@@ -143,7 +149,7 @@ class Clock:
             file.write(json.dumps({"seconds": seconds, "step": model.meta["step"], "modes": found}) + "\n")
 
 
-def run(name, args):
+def run(name, args, clock=Clock):
     """Train one variant in this process until its time is over."""
     this, out = rung(name), Path(args.out) / f"{name}-{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
@@ -154,11 +160,11 @@ def run(name, args):
     rdtf.guess_frames, train.noise_step = this.guess, this.steps
     keys = ("vae", "seed", "tasks", "save_every", "batch_size")
     passed = {key: getattr(args, key) for key in keys}
-    flags = passed | this.flags | dict(data=args.data + args.more * bool(this.more), out=out, steps=FOREVER,
-                                       curriculum="none", eval_every=0)
+    flags = passed | dict(curriculum="none") | this.flags | dict(
+        data=args.data + args.more * bool(this.more), out=out, steps=FOREVER, eval_every=0)
     words = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
              for key, value in flags.items() if value is not None]
-    Clock(out, args)
+    clock(out, args)
     train.run(train.parser().parse_args(sum(words, [])))
 
 
@@ -217,19 +223,20 @@ def command(args, arguments, file, run, table):
         sys.exit(error.returncode)
 
 
-def main(arguments=None):
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(about, rungs, out, tasks):
+    """The flags of the commands `run` and `table`; ablation.py has the same."""
+    top = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                            epilog="; ".join(f"{name}: {r.what}" for name, r in RUNGS.items()))
-    p.add_argument("names", nargs="+", choices=list(RUNGS), metavar="NAME", help=", ".join(RUNGS))
+                            epilog="; ".join(f"{name}: {r.what}" for name, r in rungs.items()))
+    p.add_argument("names", nargs="+", choices=list(rungs), metavar="NAME", help=", ".join(rungs))
     p.add_argument("--minutes", type=float, default=45, help="process time of training")
-    p.add_argument("--out", default="runs/ladder", help="folder of all runs")
+    p.add_argument("--out", default=out, help="folder of all runs")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--data", nargs="+", default=[train.BUILT_IN[1]], help="as for train.py")
     p.add_argument("--more", nargs="+", default=[train.BUILT_IN[0]], help="sets that join at rung `data`")
     p.add_argument("--vae", required=True, help="as for train.py")
-    p.add_argument("--tasks", default="i2v,it2v,predict_pre,predict_post,interpolate", help="tasks trained")
+    p.add_argument("--tasks", default=tasks, help="tasks trained")
     p.add_argument("--batch-size", type=int, default=8, help="clips per update")
     p.add_argument("--measure", default=str(train.HERE / "stickers" / "fluent"), help="pixels")
     p.add_argument("--count", type=int, default=64, help="of them")
@@ -237,7 +244,11 @@ def main(arguments=None):
     p.add_argument("--save-every", type=int, default=50, help="updates between checkpoints")
     p = commands.add_parser("table")
     p.add_argument("out", help="folder of the runs")
-    args = top.parse_args(arguments)
+    return top
+
+
+def main(arguments=None):
+    args = parser(__doc__, RUNGS, "runs/ladder", TASKS).parse_args(arguments)
     command(args, arguments, __file__, run, table)
 
 

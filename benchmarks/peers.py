@@ -39,7 +39,6 @@ import ladder  # noqa: E402
 import quality  # noqa: E402
 import rdtf  # noqa: E402
 import train  # noqa: E402
-from curriculum import Curriculum  # noqa: E402
 
 PEERS = {"ours": "preset tiny", "paper": "the paper's recipe", "vdp": "video-diffusion-pytorch, no text"}
 PAPER = dict(latent_channels=16, vae_patch=4, widths=(64, 128))     # the rest of Config is the paper's
@@ -49,17 +48,12 @@ INSTALL = "pip install --no-deps -r benchmarks/requirements-peers.txt"
 
 # -------------------------------------------------------------------------------------------- ours and paper
 class Clock(ladder.Clock):
-    """ladder.Clock, but each preset keeps its own schedule and its curriculum its own course: the share of
-    the time that is over takes the place of the share of the updates."""
+    """ladder.Clock, but each preset keeps its own schedule: the share of the time that is over takes the
+    place of the share of the updates."""
 
     def __init__(self, out, args):
         self.schedule = train.learning_rate
         super().__init__(out, args)                                 # puts `rate` in its place
-        weights = Curriculum.weights
-        Curriculum.weights = lambda curriculum, step: weights(curriculum, curriculum.total * self.share())
-
-    def share(self):
-        return min(1.0, self.spent() / self.budget)
 
     def rate(self, step, peak, warmup, schedule, steps):
         super().rate(step, peak, warmup, schedule, steps)           # starts the clock and ends the run

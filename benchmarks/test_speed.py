@@ -1,14 +1,19 @@
-"""speed.py and ladder.py run as their help says; what they measure is in benchmarks/README.md."""
+"""speed.py, ladder.py and ablation.py run as their help says; what they measure is in benchmarks/README.md."""
+import json
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import ablation
 import ladder
+import numpy as np
 import pytest
 import rdtf
 import speed
 import torch
+from curriculum import TASKS, Curriculum
 
 
 def test_a_small_sampling_run_beside_a_peer(capsys):
@@ -65,3 +70,33 @@ def test_a_ladder_in_miniature(tmp_path, capsys):
     ladder.main(["table", str(tmp_path)])
     table = Path(tmp_path, "ladder.md").read_text()
     assert "| f4c4-0: f = 4" in table and "| noise-0: + normal" in table and "| flow |" in table
+
+
+def test_a_curriculum_follows_the_clock(tmp_path, monkeypatch):
+    """Half of the time is half of the course, whatever the number of updates."""
+    for owner, name in ((ladder.train, "learning_rate"), (ladder.train, "save_checkpoint"),
+                        (Curriculum, "weights")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    whole = [Curriculum("linear", 100).weights(step) for step in (0, 50, 100)]
+    clock = ladder.Clock(tmp_path, SimpleNamespace(minutes=1))
+    for seconds, expected in zip((0, 30, 90), whole):
+        clock.before = seconds
+        assert np.allclose(Curriculum("linear", ladder.FOREVER).weights(7), expected)
+
+
+def test_an_ablation_in_miniature(tmp_path, capsys):
+    """Variants train at their own setting and are measured on all tasks, also on those they never saw."""
+    cfg, vae = rdtf.Config(**rdtf.PRESETS["tiny"]), str(tmp_path / "vae.pt")
+    torch.save({"vae": rdtf.AutoencoderKL(cfg).state_dict(), "config": asdict(cfg)}, vae)
+    subprocess.run([sys.executable, ablation.__file__, *"run generation conv3d --minutes 0.02 --vae".split(), vae,
+                    *"--data synthetic:60 --more synthetic:61 --measure synthetic:60 --count 1 --marks 1".split(),
+                    "--batch-size", "2", "--save-every", "2", "--out", str(tmp_path)],
+                   capture_output=True, check=True)
+    ablation.main(["table", str(tmp_path)])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" |")[0] for row in rows[2:]] == [f"| {ablation.VARIANTS[name].what}"
+                                                        for name in ("generation", "conv3d")]
+    assert "predict_post" in rows[0] and not any("nan" in row for row in rows)
+    losses = json.loads(Path(tmp_path, "generation-0", "losses.json").read_text())
+    assert losses["interpolate"] > 0 and set(TASKS) < set(losses)
+    assert rdtf.load_model(tmp_path / "conv3d-0" / "last.pt").cfg.temporal == "conv3d"
