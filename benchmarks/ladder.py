@@ -69,6 +69,8 @@ RUNGS = {
     "adamw": Rung("tiny with AdamW", "tiny", flags=dict(optimizer="adamw", lr=1e-3, weight_decay=0.01)),
     "lr02": Rung("tiny, rate 0.02", "tiny", flags=dict(lr=0.02)),
     "lr005": Rung("tiny, rate 0.005", "tiny", flags=dict(lr=0.005)),
+    "decay0.1": Rung("tiny, weight decay 0.1", "tiny", flags=dict(weight_decay=0.1)),
+    "decay0.1-lr005": Rung("tiny, weight decay 0.1, rate 0.005", "decay0.1", flags=dict(lr=0.005)),
     "batch4": Rung("tiny, batches of 4", "tiny", flags=dict(batch_size=4)),
     "fluent": Rung("tiny without the sets of --more", "tiny", more=False),
     "vae2": Rung("tiny with another autoencoder (--vae)", "tiny"),

@@ -174,20 +174,22 @@ def measure(name, args, out, stickers, plan):
     """KID, FVD and motion of --samples generated clips beside as many held-out stickers -> samples.png and
     generation.json; once for all that of the floor, real stickers of other concepts."""
     step, path = rdtf.read_weights(out / "last.pt")["step"], out / "generation.json"
-    if path.exists() and quality.read_json(path)["step"] == step:
+    now, kept = dict(step=step, N=len(plan["items"])), quality.read_json(path) if path.exists() else {}
+    if now.items() <= kept.items():
         return print(f"{out}: has its {args.minutes:g} minutes and is measured already")
     real, other = (quality.clips_of(stickers, plan[key]) for key in ("items", "others"))
     made = {out: (sample_vdp if name == "vdp" else sample_rdtf)(args, out, plan["captions"])}
     quality.save_sheet(out / "samples.png", real, quality.NONE, {name: made[out]})
-    if not (out.parent / "floor" / path.name).exists():
-        made[out.parent / "floor"] = other
+    floor = out.parent / "floor"
+    if not (floor / path.name).exists() or quality.read_json(floor / path.name)["N"] != now["N"]:
+        made[floor] = other
     bench, wanted = quality.Bench(args.networks), {"i3d", "frames"}
     truth = bench.raw(real, quality.EVERY, plan["captions"], only=wanted)
     for folder, clips in made.items():
         found = quality.summarise(bench.raw(clips, quality.EVERY, plan["captions"], only=wanted), truth)
         folder.mkdir(exist_ok=True)
-        (folder / path.name).write_text(json.dumps({
-            "step": step, "clips": step * args.batch_size, "N": len(real), "measures": found}))
+        (folder / path.name).write_text(json.dumps(
+            now | {"clips": step * args.batch_size, "measures": found}))
 
 
 def run(name, args):

@@ -1,8 +1,10 @@
 """peers.py in miniature: each peer trains some seconds, goes on after kill -9, is measured; the table."""
+import json
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import ladder
 import peers
@@ -31,10 +33,8 @@ def words(folder, name, minutes):
             str(folder / "none"), *flags.split()]
 
 
-@pytest.mark.parametrize("name", list(peers.PEERS))
-def test_a_peer_in_miniature(folder, name, capsys):
-    if name == "vdp":
-        pytest.importorskip("einops_exts", reason=peers.INSTALL)
+def killed_and_resumed(folder, name, capsys):
+    """A peer's run: killed after its first checkpoint, gone on with, measured; done a third time: nothing."""
     out = folder / "runs" / f"{name}-0"
     command = [sys.executable, peers.__file__]
     process = subprocess.Popen([*command, *words(folder, name, 0.2)], stdout=subprocess.DEVNULL,
@@ -54,7 +54,14 @@ def test_a_peer_in_miniature(folder, name, capsys):
     assert "already" in capsys.readouterr().out
 
 
-def test_the_table_has_a_row_for_each(folder, capsys):
+def test_peers_in_miniature_and_their_table(folder, capsys):
+    for name in ("ours", "paper"):
+        killed_and_resumed(folder, name, capsys)
+    measured = json.loads(Path(folder, "runs", "ours-0", "generation.json").read_text())
+    assert measured["N"] == 1
+    peers.main([*words(folder, "ours", 0.1), "--samples", "2"])           # other stickers: measured anew
+    assert json.loads(Path(folder, "runs", "ours-0", "generation.json").read_text())["N"] == 2
+    capsys.readouterr()
     peers.main(["table", str(folder / "runs")])
     text = capsys.readouterr().out
     assert (folder / "runs" / "peers.md").read_text() == text
@@ -64,14 +71,18 @@ def test_the_table_has_a_row_for_each(folder, capsys):
     assert all(any(start in row for row in rows) for start in starts) and "motion / real" in rows[0]
 
 
+def test_vdp_in_miniature(folder, capsys):
+    pytest.importorskip("einops_exts", reason=peers.INSTALL)
+    killed_and_resumed(folder, "vdp", capsys)
+    with pytest.raises(SystemExit, match="not of vdp with --vdp-dim 16"):
+        peers.main([*words(folder, "vdp", 9), "--vdp-dim", "16"])
+
+
 def test_one_line_says_what_is_missing(folder, monkeypatch):
     with pytest.raises(SystemExit, match="--paper-vae FILE is missing"):
         peers.main([*words(folder, "paper", 9), "--paper-vae", "", "--out", str(folder / "x")])
     with pytest.raises(SystemExit, match="nothing measured there yet"):
         peers.main(["table", str(folder / "nothing")])
-    if (folder / "runs" / "vdp-0").exists():
-        with pytest.raises(SystemExit, match="not of vdp with --vdp-dim 16"):
-            peers.main([*words(folder, "vdp", 9), "--vdp-dim", "16"])
     monkeypatch.setitem(sys.modules, "video_diffusion_pytorch", None)
     with pytest.raises(DataError, match="requirements-peers.txt"):
         peers.open_vdp(None)
