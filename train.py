@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
 LOG_SNR = torch.logit(alphas_cumprod()).numpy()                             # of a noise step, falling
 BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent:0.2")]
-SMALL = dict(accumulation=1, optimizer="muon", lr=0.01, weight_decay=0.5, schedule="cosine", full=0.7,
+SMALL = dict(accumulation=1, optimizer="muon", lr=0.01, weight_decay=0.1, schedule="cosine", full=0.7,
              tasks="t2v,t2v,t2v,i2v,it2v,predict_pre,predict_post,interpolate", word_drop=0.1,
              noise_levels="normal")
 RECIPES = {  # what the flags of a preset default to
@@ -275,11 +275,12 @@ def orthogonal(m, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest).
-    Every update has the same size, so weights grow until the decay balances it. With a decay of 0.01 spectral
-    norms reached 8 and the gradients exploded after 1,400 updates (benchmarks/README.md); 0.5 keeps them low.
+    Every update has the same size, so weights grow until the decay balances it, and what was learnt fades
+    within 1 / (lr weight_decay) updates. A decay of 0.01 let spectral norms reach 8 and the gradients explode
+    after 1,400 updates; with 0.5 a run at lr 0.01 remembers 200 and learns little more (benchmarks/README.md).
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.5):
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()

@@ -38,6 +38,7 @@ def test_counting_the_paper_needs_no_gpu(capsys):
 def test_rungs_add_up():
     assert ladder.rung("noise").flags == dict(optimizer="muon", lr=0.01, weight_decay=0.5,
                                               noise_levels="normal", full=0.5)
+    assert ladder.rung("tiny").flags["weight_decay"] == ladder.train.RECIPES["tiny"]["weight_decay"] == 0.1
     top, tiny = ladder.rung("tiny"), rdtf.Config(**rdtf.PRESETS["tiny"])
     assert (top.guess, top.steps) == (rdtf.guess_frames, ladder.train.noise_step)
     assert top.more and all(getattr(tiny, key) == value for key, value in top.config.items())
