@@ -49,9 +49,9 @@ def test_frames_between_of_moving_characters_are_nearer_than_copies(tmp_path, mo
     assert ours < 0.8 * copy                                # 1 dB
 
 
-@pytest.mark.parametrize("task, least", [("interpolate", 0.05), ("predict_post", 0.25)])
+@pytest.mark.parametrize("task, least", [("interpolate", 0.13), ("predict_post", 0.3)])
 def test_its_mean_knows_more_of_fluent_stickers_than_a_blend(task, least):
-    """EV of 24 built-in ones; measured 0.17 and 0.36."""
+    """EV of 24 built-in ones; measured 0.21 and 0.40."""
     model, vae, cfg, _ = load_model(sample.SHIPPED)
     stickers = open_stickers(STICKERS / "fluent", cfg.size).encode(vae)
     rows = [i for i in range(len(stickers)) if stickers.index["count"][i] >= 8][:24]
