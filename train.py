@@ -277,7 +277,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest).
     Every update has the same size, so weights grow until the decay balances it, and what was learnt fades
     within 1 / (lr weight_decay) updates. A decay of 0.01 let spectral norms reach 8 and the gradients explode
-    after 1,400 updates; with 0.5 a run at lr 0.01 remembers 200 and learns little more (benchmarks/README.md).
+    after 1,400 updates; with 0.5 a run at 0.01 remembers 200 and learns little more (benchmarks/README.md).
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):

@@ -1,7 +1,8 @@
 """Do STI, dual masks and the curriculum help? Tables 3 and 4 of the paper in small, on real stickers.
 
-    python benchmarks/ablation.py run generation dual linear adaptive conv3d --minutes 10 --out runs/ablation \\
-        --vae weights/stickers-64.pt --data cache/fluent.z:0.5 --more cache/characters.z --measure cache/fluent
+    python benchmarks/ablation.py run generation dual linear adaptive conv3d --minutes 10 \\
+        --out runs/ablation --vae weights/stickers-64.pt --measure cache/fluent \\
+        --data cache/fluent.z:0.5 --more cache/characters.z
     python benchmarks/ablation.py table runs/ablation            # mean and spread over the seeds; ablation.md
 
 Each variant is preset `tiny` with all six tasks but for what its name says, trained for equal process time
@@ -12,7 +13,6 @@ steps and masks the loss of every task, trained or not: that is what dual masks 
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -40,11 +40,12 @@ class Clock(ladder.Clock):
         """EV as in the ladder; at the end the losses as well, beside it in losses.json."""
         super().measure(path, seconds)
         if seconds >= self.budget:
-            flags = SimpleNamespace(data=self.args.data + self.args.more, seed=0, hold_out=0.05)
-            loaded, ctx = rdtf.load_model(path), train.Context(train.parser().parse_args([]))
+            loaded, flags = rdtf.load_model(path), train.parser().parse_args(
+                ["--data", *self.args.data, *self.args.more])
             stickers, _, held_out = train.open_data(flags, loaded.cfg, 2)
             rows = train.validation_rows(stickers.encode(loaded.vae), held_out, list(TASKS), CLIPS)
-            (self.out / "losses.json").write_text(json.dumps(train.validate(loaded.model, rows, ctx)))
+            losses = train.validate(loaded.model, rows, train.Context(flags))
+            (self.out / "losses.json").write_text(json.dumps(losses))
 
 
 def run(name, args):

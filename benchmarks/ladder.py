@@ -5,12 +5,13 @@
         --measure cache/fluent
     python benchmarks/ladder.py table runs/ladder                # ladder.md and ladder.png
 
-Time is process time of training alone, so a busy machine does not matter; the learning rate follows it, too:
-warm-up, flat, then down over the last 30 %. A curriculum runs its course in it. At --marks moments the averaged weights are measured (`quality.py
-mean`, not on the clock). Every variant is a process of its own on one thread; the same command goes on where
-it was stopped, also after kill -9. Stores of latents (--data, --more) save encoding at every start, but fit
-one autoencoder: f8c16 and vae2 need stores of pixels, and f8c16 an autoencoder with f = 8 and 16 channels
-(`python stickers/vae.py --latent-channels 16 --vae-patch 4`).
+Time is process time of training alone, so a busy machine does not matter; the learning rate follows it,
+too: warm-up, flat, then down over the last 30 %. A curriculum runs its course in it. At --marks moments
+the averaged weights are measured (`quality.py mean`, not on the clock). Every variant is a process of its
+own on one thread; the same command goes on where it was stopped, also after kill -9. Stores of latents
+(--data, --more) save encoding at every start, but fit one autoencoder: f8c16 and vae2 need stores of
+pixels, and f8c16 an autoencoder with f = 8 and 16 channels (`python stickers/vae.py --latent-channels 16
+--vae-patch 4`).
 """
 import argparse
 import json

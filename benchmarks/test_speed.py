@@ -1,4 +1,4 @@
-"""speed.py, ladder.py and ablation.py run as their help says; what they measure is in benchmarks/README.md."""
+"""speed.py, ladder.py, ablation.py run as their help says; what they measure is in benchmarks/README.md."""
 import json
 import subprocess
 import sys
@@ -14,6 +14,14 @@ import rdtf
 import speed
 import torch
 from curriculum import TASKS, Curriculum
+
+
+@pytest.fixture
+def vae(tmp_path):
+    """A file with an untrained autoencoder."""
+    cfg, path = rdtf.Config(**rdtf.PRESETS["tiny"]), tmp_path / "vae.pt"
+    torch.save({"vae": rdtf.AutoencoderKL(cfg).state_dict(), "config": asdict(cfg)}, path)
+    return str(path)
 
 
 def test_a_small_sampling_run_beside_a_peer(capsys):
@@ -48,10 +56,8 @@ def test_rungs_add_up():
     assert (cfg.f, cfg.latent_channels) == (8, 16)
 
 
-def test_a_ladder_in_miniature(tmp_path, capsys):
+def test_a_ladder_in_miniature(tmp_path, vae, capsys):
     """Two variants of a few seconds; the second call resumes, a third has nothing to do; then the table."""
-    cfg, vae = rdtf.Config(**rdtf.PRESETS["tiny"]), str(tmp_path / "vae.pt")
-    torch.save({"vae": rdtf.AutoencoderKL(cfg).state_dict(), "config": asdict(cfg)}, vae)
 
     def words(names, minutes):
         flags = "--data synthetic:16 --more synthetic:17 --measure synthetic:60 --count 1 --marks 2"
@@ -85,13 +91,12 @@ def test_a_curriculum_follows_the_clock(tmp_path, monkeypatch):
         assert np.allclose(Curriculum("linear", ladder.FOREVER).weights(7), expected)
 
 
-def test_an_ablation_in_miniature(tmp_path, capsys):
+def test_an_ablation_in_miniature(tmp_path, vae, capsys):
     """Variants train at their own setting and are measured on all tasks, also on those they never saw."""
-    cfg, vae = rdtf.Config(**rdtf.PRESETS["tiny"]), str(tmp_path / "vae.pt")
-    torch.save({"vae": rdtf.AutoencoderKL(cfg).state_dict(), "config": asdict(cfg)}, vae)
-    subprocess.run([sys.executable, ablation.__file__, *"run generation conv3d --minutes 0.02 --vae".split(), vae,
-                    *"--data synthetic:60 --more synthetic:61 --measure synthetic:60 --count 1 --marks 1".split(),
-                    "--batch-size", "2", "--save-every", "2", "--out", str(tmp_path)],
+    flags = "--minutes 0.02 --data synthetic:60 --more synthetic:61 --measure synthetic:60 --count 1 " \
+            "--marks 1"
+    subprocess.run([sys.executable, ablation.__file__, "run", "generation", "conv3d", *flags.split(),
+                    "--vae", vae, "--batch-size", "2", "--save-every", "2", "--out", str(tmp_path)],
                    capture_output=True, check=True)
     ablation.main(["table", str(tmp_path)])
     rows = capsys.readouterr().out.splitlines()
