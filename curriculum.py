@@ -62,8 +62,9 @@ def make_masks(task, n, frames=8, choice=None, rng=None):
         choice = int(rng.integers(len(options))) if len(options) > 1 else 0
     if not 0 <= choice < len(options):
         raise ValueError(f"task {task} with {n} frames: choice {choice} is not below {len(options)}")
-    i = np.arange(frames)
-    return np.isin(i, list(options[choice])), i < n
+    given = np.zeros(frames, bool)
+    given[list(options[choice])] = True
+    return given, np.arange(frames) < n
 
 
 WINDOW = 1000                             # losses and scores that are looked back on (release)
@@ -81,7 +82,7 @@ class Curriculum:
             raise ValueError(f"curriculum {kind!r}: choose one of none, linear, adaptive")
         self.kind, self.total, self.tasks, self.made = kind, max(total, 1), tuple(dict.fromkeys(tasks)), made
         self.times = np.array([tuple(tasks).count(t) for t in self.tasks])
-        self.losses, self.scores = [], []
+        self.losses, self.scores, self.known = [], [], {}
 
     def record(self, loss):
         """The loss of one update, a mean over everything -> its score is kept, too:
@@ -115,7 +116,9 @@ class Curriculum:
 
     def allowed(self, task, n):
         """Can a clip of n real frames train this task?"""
-        return any(len(given) < n or not self.made for given in TASKS[task].given(n))
+        if (task, n) not in self.known:                                     # asked for every sample of a run
+            self.known[task, n] = any(len(x) < n or not self.made for x in TASKS[task].given(n))
+        return self.known[task, n]
 
     def draw(self, weights, n, rng):
         """A task for a clip of n real frames; one uniform number of rng is used whatever the weights are."""

@@ -14,8 +14,10 @@ tests/release.py maps onto ours; "ours" where both are silent. Measurements are 
 
 import hashlib
 import math
+import time
 import zlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,12 +103,26 @@ PRESETS = {
 # Layers: each takes and returns feature maps (b t) c h w, unless its docstring says otherwise.
 
 
+@lru_cache
+def bf16_pays():
+    """Is bf16 faster than fp32 on this CPU? Emulated it never is. Where it is in the hardware a small product
+    is timed: an EPYC is four times as fast in bf16, a Xeon without AMX half as fast (benchmarks/README.md)."""
+    took = {}
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return False
+    for dtype in (torch.bfloat16, torch.float32) * 4:                       # the first of each warms up
+        x = torch.ones(512, 512, dtype=dtype)
+        began = time.perf_counter()
+        x @ x
+        took[dtype] = min(took.get(dtype, math.inf), time.perf_counter() - began)
+    return took[torch.bfloat16] < took[torch.float32]
+
+
 def has_bf16(device):
-    """Is bf16 arithmetic in the hardware of this torch.device? Emulated, it is slower than fp32."""
+    """Is bf16 arithmetic faster than fp32 on this torch.device?"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    cpu = torch.cpu
-    return device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return device.type == "cpu" and bf16_pays()
 
 
 def timestep_embedding(t, dim):
@@ -137,8 +153,10 @@ class ResBlock(nn.Module):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v over b heads n d. There is no mask, so that flash kernels apply. On a CPU
-    their backward pass is slow in bf16 and over few tokens: plain products there (benchmarks/README.md)."""
-    if q.device.type == "cpu" and q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] <= 16):
+    their backward pass is slow in bf16 and over few tokens: plain products there (benchmarks/README.md). A
+    CUDA grid has at most 65,535 blocks along b."""
+    slow = q.device.type == "cpu" and q.requires_grad and (q.dtype == torch.bfloat16 or k.shape[-2] <= 16)
+    if slow or len(q) > 65535:
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -625,12 +643,14 @@ class ByteText(nn.Module):
 
     def tokenize(self, captions):
         """list of b strings -> (b, n, 2) int16 on the CPU: bytes and rows of `words`, zeros past the end."""
-        rows = []
-        for caption in captions:
+        rows = np.zeros((len(captions), self.length, 2), np.int16)
+        for row, caption in zip(rows, captions):
             words = [w.encode("utf-8", "replace") for w in caption.lower().split()]
-            pairs = [(byte, zlib.crc32(w) % WORDS) for w in words for byte in w + b" "][:self.length]
-            rows.append(pairs + [(0, 0)] * (self.length - len(pairs)))
-        return torch.tensor(rows, dtype=torch.int16)
+            text = b"".join(w + b" " for w in words)[:self.length]
+            row[:len(text), 0] = np.frombuffer(text, np.uint8)
+            numbers, lengths = [zlib.crc32(w) % WORDS for w in words], [len(w) + 1 for w in words]
+            row[:len(text), 1] = np.repeat(numbers, lengths)[:self.length]
+        return torch.from_numpy(rows)
 
     def forward(self, tok):
         byte, word = tok.long().unbind(-1)                                  # b n

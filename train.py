@@ -222,13 +222,16 @@ def noise_step(kind, g, rng):
     return int(np.clip(np.searchsorted(-LOG_SNR, -wanted), 0, 999))
 
 
-def make_batch(rows, text, curriculum, weights, args):
-    """list of `draw_row`s -> kwargs of RDTF.forward.
+def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")):
+    """list of `draw_row`s -> kwargs of RDTF.forward, in this process; their noise is on a GPU already: there
+    it costs a tenth of what the host would take for it, which could not keep up (another stream of numbers).
     Task, masks, dropping, noise and its step of each clip are drawn here, from (seed, g) alone. Text and
     given frames are dropped here and nowhere else (release: text of i2v; the rest is ours: two-scale guidance
     needs (no text, no image) and (no text, image) to be trained)."""
     texts, cond, real, steps = [], [], [], []
-    noise = np.empty((len(rows), *rows[0][0].shape), np.float32)
+    gpu = device.type == "cuda"
+    noise = torch.empty(len(rows), *rows[0][0].shape, device=device if gpu else None)
+    stream = torch.Generator(device) if gpu else None
     for (clip, n, caption, g), mine in zip(rows, noise):
         rng = np.random.default_rng([args.seed, 3, g])
         task = curriculum.draw(weights, n, rng)
@@ -238,9 +241,12 @@ def make_batch(rows, text, curriculum, weights, args):
         cond.append(given & (u >= args.drop))
         real.append(frames)
         steps.append(noise_step(args.noise_levels, g, rng))
-        rng.standard_normal(out=mine, dtype=np.float32)
+        if gpu:
+            mine.normal_(generator=stream.manual_seed(int(rng.integers(2 ** 63))))
+        else:
+            rng.standard_normal(out=mine.numpy(), dtype=np.float32)
     cond, real = (torch.from_numpy(np.stack(x)) for x in (cond, real))
-    return dict(x0=torch.stack([row[0] for row in rows]), noise=torch.from_numpy(noise),
+    return dict(x0=torch.stack([row[0] for row in rows]), noise=noise,
                 t=torch.tensor(steps), text=text.tokenize(texts), cond_mask=cond, frame_mask=real)
 
 
@@ -250,9 +256,9 @@ def prepare(step, text, stickers, order, curriculum, args, ctx):
     for micro in range(step * args.accumulation, (step + 1) * args.accumulation):
         first = (micro * ctx.world + ctx.rank) * args.batch_size            # of this process's samples
         rows = [draw_row(stickers, order, g, args) for g in range(first, first + args.batch_size)]
-        batch = make_batch(rows, text, curriculum, weights, args)
+        batch = make_batch(rows, text, curriculum, weights, args, ctx.device)
         if ctx.device.type == "cuda":                                       # else its copy could wait
-            batch = {k: x.pin_memory() for k, x in batch.items()}
+            batch = {k: x if x.is_cuda else x.pin_memory() for k, x in batch.items()}
         batches.append(batch)
     return weights, batches
 
@@ -263,9 +269,9 @@ def prepare(step, text, stickers, order, curriculum, args, ctx):
 
 def orthogonal(m, steps=5):
     """(n, rows, columns) -> about the nearest matrices with orthonormal rows or columns.
-    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024), in bf16."""
-    tall = m.shape[1] > m.shape[2]
-    x = m.bfloat16().mT if tall else m.bfloat16()
+    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024), in bf16 where that is fast."""
+    tall, x = m.shape[1] > m.shape[2], m.bfloat16() if has_bf16(m.device) else m
+    x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -452,7 +458,7 @@ def validate(model, fixed, ctx):
     for task, rows in fixed:
         only, sums = Curriculum("none", 1, (task,)), torch.zeros(4)         # loss, frames, two errors
         for part in (rows[i:i + 8] for i in range(0, len(rows), 8)):
-            batch = make_batch(part, model.text, only, [1.0], args)
+            batch = make_batch(part, model.text, only, [1.0], args)           # the same noise everywhere
             x0, noise, t, text, cond, real = to_device(batch, ctx.device).values()
             with ctx.autocast():
                 loss, mean = model(x0, noise, t, text, cond, real), model.mean(x0, noise, text, cond, real)
