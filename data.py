@@ -614,6 +614,8 @@ def decode_item(path, size, most, filters=FILTERS):
 def serve(work):
     """The life of a decoding process: an item from stdin, its result to stdout, until there are no more."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr                # a library's prints must not get between
+    out.write(b"+")                                                # told by its absence: it could not start
+    out.flush()
     with contextlib.suppress(EOFError):
         while True:
             pickle.dump(work(pickle.load(sys.stdin.buffer)), out)
@@ -637,13 +639,17 @@ def in_order(work, items, workers, timeout=120):
     mine, processes = threading.local(), []
 
     def one(item):
-        if not hasattr(mine, "process"):
+        fresh = not hasattr(mine, "process")
+        if fresh:
             mine.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
                                             stdout=subprocess.PIPE, start_new_session=True)
             processes.append(mine.process)
         clock = threading.Timer(timeout, mine.process.kill)
         clock.start()
         try:
+            if fresh and mine.process.stdout.read(1) != b"+":
+                raise DataError("no decoding process can start here, their own message says why; "
+                                "data.py prepare --workers 0 does without")
             pickle.dump(item, mine.process.stdin)
             mine.process.stdin.flush()
             return pickle.load(mine.process.stdout)

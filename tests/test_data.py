@@ -631,6 +631,12 @@ def test_workers_that_die_or_hang_cost_one_item_each():
         assert result[0] == "unreadable" if isinstance(order, str) else result == ("ok", order)
 
 
+def test_a_decoder_that_cannot_start_ends_the_run_and_not_file_by_file(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(data.DataError, match="no decoding process can start here"):
+        list(data.in_order(functools.partial(corpus.act), [1, 2, 3], 2, timeout=5))
+
+
 def test_a_script_without_a_main_guard_prepares_too(tmp_path):
     write_folder(tmp_path / "in", 9)
     (tmp_path / "script.py").write_text(PATH + "data.prepare('in', 'out', 32, workers=2)")
