@@ -222,17 +222,25 @@ def noise_step(kind, g, rng):
     return int(np.clip(np.searchsorted(-LOG_SNR, -wanted), 0, 999))
 
 
+def draw_noise(rngs, shape, device):
+    """-> (len(rngs), *shape) fp32, each row from its own numpy Generator. For a GPU they only give the seeds:
+    it draws the numbers itself, other ones, which would take the host as long as all else of a clip."""
+    noise = torch.empty(len(rngs), *shape, device=device if device.type == "cuda" else "cpu")
+    for rng, row in zip(rngs, noise):
+        if noise.is_cuda:
+            row.normal_(generator=torch.Generator(device).manual_seed(int(rng.integers(2 ** 63))))
+        else:
+            rng.standard_normal(out=row.numpy(), dtype=np.float32)
+    return noise
+
+
 def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")):
-    """list of `draw_row`s -> kwargs of RDTF.forward, in this process; their noise is on a GPU already: there
-    it costs a tenth of what the host would take for it, which could not keep up (another stream of numbers).
+    """list of `draw_row`s -> kwargs of RDTF.forward, on the CPU but for the noise.
     Task, masks, dropping, noise and its step of each clip are drawn here, from (seed, g) alone. Text and
     given frames are dropped here and nowhere else (release: text of i2v; the rest is ours: two-scale guidance
     needs (no text, no image) and (no text, image) to be trained)."""
-    texts, cond, real, steps = [], [], [], []
-    gpu = device.type == "cuda"
-    noise = torch.empty(len(rows), *rows[0][0].shape, device=device if gpu else None)
-    stream = torch.Generator(device) if gpu else None
-    for (clip, n, caption, g), mine in zip(rows, noise):
+    texts, cond, real, steps, rngs = [], [], [], [], []
+    for clip, n, caption, g in rows:
         rng = np.random.default_rng([args.seed, 3, g])
         task = curriculum.draw(weights, n, rng)
         given, frames = make_masks(task, n, len(clip), rng=rng)
@@ -241,12 +249,9 @@ def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")
         cond.append(given & (u >= args.drop))
         real.append(frames)
         steps.append(noise_step(args.noise_levels, g, rng))
-        if gpu:
-            mine.normal_(generator=stream.manual_seed(int(rng.integers(2 ** 63))))
-        else:
-            rng.standard_normal(out=mine.numpy(), dtype=np.float32)
+        rngs.append(rng)
     cond, real = (torch.from_numpy(np.stack(x)) for x in (cond, real))
-    return dict(x0=torch.stack([row[0] for row in rows]), noise=noise,
+    return dict(x0=torch.stack([row[0] for row in rows]), noise=draw_noise(rngs, rows[0][0].shape, device),
                 t=torch.tensor(steps), text=text.tokenize(texts), cond_mask=cond, frame_mask=real)
 
 

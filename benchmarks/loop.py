@@ -4,9 +4,9 @@
     python benchmarks/loop.py --updates 100 --preset base --data cache/fluent128
     python benchmarks/loop.py --rate 3000 --batch-size 128        # what the host adds beside a GPU so fast
 
---rate: in place of the network a clock stands for a GPU that trains so many clips a second. As on a GPU, it
-works while the next batches are made, and the loop waits for it where it reads the loss. An untrained
-autoencoder makes the latents, time does not depend on weights. Wall-clock: use an idle machine.
+--rate: in place of the network a clock stands for a GPU that trains so many clips a second. As a GPU does, it
+draws the noise and works while the next batches are made, and the loop waits for it where it reads the loss.
+An untrained autoencoder makes the latents, time does not depend on weights. Wall-clock: use an idle machine.
 """
 
 import argparse
@@ -57,6 +57,7 @@ def fake_gpu(rate):
 
     train.RDTF.forward, train.update_weights, train.Curriculum.record = forward, update, read
     train.validate, train.plot_log = lambda *args: {}, lambda *args: None
+    train.draw_noise = lambda rngs, shape, device: torch.empty(1).expand(len(rngs), *shape)
 
 
 def main():
