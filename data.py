@@ -14,7 +14,9 @@ stickers/ holds scripts that build sets. Axis letters: t frame, c channel, h w r
 uint8 RGBA (t, h, w, 4): straight in files, premultiplied in training, where colour under alpha 0 is 0.
 """
 import argparse
+import bisect
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -255,8 +257,8 @@ def fit_platform(frames, times, row):
     return frames, times[first:] + times[:first], loops, lost
 
 
-def _webm(frames, times, level, text, quick):
-    """VP9 with alpha, of one frame rate, 30 a second at most. quick: a fifth of the time, larger by half."""
+def _webm(frames, times, level, text):
+    """VP9 with alpha, of one frame rate, 30 a second at most."""
     total = sum(times)
     count = max(1, min(round(total / min(times)), total * 30 // 1000))
     picked = frames[pick_by_time(times, count)]
@@ -264,8 +266,7 @@ def _webm(frames, times, level, text, quick):
         command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgba",
                    "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-framerate", f"{1000 * count}/{total}",
                    "-i", "-", "-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-crf", str(level), "-b:v", "0",
-                   "-auto-alt-ref", "0", "-deadline", "realtime" if quick else "good",
-                   "-cpu-used", "8" if quick else "4", "-threads", "2",
+                   "-auto-alt-ref", "0", "-deadline", "good", "-cpu-used", "4", "-threads", "2",
                    *(["-metadata", f"comment={text}"] if text else []), f"{folder}/a.webm"]
         done = subprocess.run(command, input=picked.tobytes(), capture_output=True)
         if done.returncode:
@@ -273,17 +274,16 @@ def _webm(frames, times, level, text, quick):
         return Path(folder, "a.webm").read_bytes()
 
 
-def _encode(suffix, frames, times, level, text=None, loops=0, every=False, quick=False):
-    """Straight frames -> bytes of a looping file. every: APNG keeps frames that equal the one before. quick:
-    worse, to tell the size."""
+def _encode(suffix, frames, times, level, text=None, loops=0, every=False):
+    """Straight frames -> bytes of a looping file. every: APNG keeps frames that equal the one before."""
     if suffix == ".webm":
-        return _webm(frames, times, level, text, quick)
+        return _webm(frames, times, level, text)
     options, pictures = {}, [Image.fromarray(x) for x in frames]
     if suffix == ".webp":
         exif = Image.Exif()
         if text:
             exif[0x010E] = text                                          # ImageDescription
-        options = {"format": "WEBP", "method": 0 if quick else 4, "exif": exif.tobytes() if text else b"",
+        options = {"format": "WEBP", "method": 4, "exif": exif.tobytes() if text else b"",
                    "lossless": level is None, "quality": level or 60}
     elif suffix == ".gif":
         # one palette for all frames, or it flickers; alpha is cut at one half by us, since Pillow's quantiser
@@ -356,37 +356,27 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     if suffix == ".png":
         frames, times = np.concatenate(frames, 1)[None], times[:1]
     text = None if metadata is None else json.dumps(metadata)
-    levels, fewest, limit, at = LEVELS[suffix], row.fewest if row else 2, 1000 * max_kb or math.inf, 0
+    levels, fewest, limit = LEVELS[suffix], row.fewest if row else 2, 1000 * max_kb or math.inf
     steps = [1] + [2 ** i for i in range(1, 10) if len(frames[::2 ** i]) >= fewest]
-    # The first that fits is taken: all frames if the lowest level allows it, else every second, fourth, ..
-    ladder = [(step, level) for step in steps for level in levels]
 
     @cache
-    def coded(at):
-        step, level = ladder[at]
+    def coded(step, level):
         merged = [sum(times[i:i + step]) for i in range(0, len(frames), step)]
         return _encode(suffix, frames[::step], merged, level, text, loops, fewest > 2)
 
-    @cache
-    def bytes_each(level):                                   # of a frame, told from a quick try on some
-        some, larger = (frames, 1.4) if suffix == ".webm" else (frames[::math.ceil(len(frames) / 4)], 1)
-        return len(_encode(suffix, some, times[:len(some)], level, quick=True)) / len(some) / larger
+    def fits(step, level):
+        return not max_kb or len(coded(step, level)) <= limit
 
-    def about(at):
-        return bytes_each(ladder[at][1]) * len(frames[::ladder[at][0]])
-
-    share = 0.8                                              # true bytes of those told, at the least
-    while max_kb and at < len(ladder) - 1:
-        if share * about(at) <= limit:
-            if len(coded(at)) <= limit:
-                break
-            share = 0.9 * len(coded(at)) / about(at)
-        at += 1
-    (step, level), data = ladder[at], coded(at)
+    # All frames if some level allows it, else every second, fourth, ..; then the best level. A lossy level
+    # is smaller than the one before; a lossless file may be smaller than a lossy one.
+    step = next((x for x in steps if fits(x, levels[-1]) or fits(x, levels[0])), steps[-1])
+    at = 0 if fits(step, levels[0]) else bisect.bisect_left(levels, True, lo=1, key=partial(fits, step))
+    level = levels[min(at, len(levels) - 1)]
+    data = coded(step, level)
     if len(data) > limit:
         advice = "make it simpler or shorter" if row else "raise --max-kb or lower --size"
         raise DataError(f"{path}: {len(data) / 1000:.1f} kB at the lowest setting, over {max_kb:g}; {advice}")
-    kept = len(frames[::step])
+    kept = count if suffix == ".png" else len(frames[::step])
     if suffix == ".webm":
         kept = max(1, min(kept, sum(times) * 30 // 1000))
     if kept < len(frames):
@@ -581,11 +571,8 @@ def keep_keyframes(fitted, duration, most=8):
 
 def _entropy(frames):
     """(m, 4, h, w) -> bits of the grey levels over white, the largest over the frames; 0: empty."""
-    best = 0.0
-    for x in frames:
-        p = np.bincount((x[:3].sum(0, dtype=np.int32) // 3 + 255 - x[3]).clip(0, 255).ravel()) / x[0].size
-        best = max(best, -float((p[p > 0] * np.log2(p[p > 0])).sum()))
-    return best
+    grey = frames[:, :3].sum(1, dtype=np.int32) // 3 + 255 - frames[:, 3]
+    return max(Image.fromarray(x).entropy() for x in grey.clip(0, 255).astype(np.uint8))
 
 
 def decode_item(path, size, most, filters=FILTERS):
@@ -717,7 +704,7 @@ def report(folder, total, left_out, max_bad):
 def index_type(most):
     """The entry of one sticker in the index."""
     frames = [("shard", "<i4"), ("offset", "<i8"), ("count", "<i4")]        # shards[shard][offset:][:count]
-    clips = [("keys", "<i2", (most - 2, most)), ("duration", "<i4")]        # keyframes; ms
+    clips = [("keys", "<i2", (most - MIN_K + 1, most)), ("duration", "<i4")]        # keyframes; ms
     texts = [("text", "<i8"), ("length", "<i4"), ("split", "u1")]           # text[text:][:length]; of SPLITS
     return np.dtype([*frames, *clips, *texts, ("digest", "V16")])           # digest of frames and keyframes
 
@@ -726,13 +713,13 @@ def _digest(decoded):
     return hashlib.blake2b(decoded.keys.tobytes() + decoded.frames.tobytes(), digest_size=16).digest()
 
 
-def pack(rows, size, most, shard=0):
+def pack(rows, size, most):
     """list of (Item, Decoded) -> (frames (M, 4, s, s), index (n,), text uint8 (bytes,)) of one shard."""
     index, texts = np.zeros(len(rows), index_type(most)), [np.zeros(0, np.uint8)]
     offset = length = 0
     for i, (item, decoded) in enumerate(rows):
         text = json.dumps([item.name, item.caption, item.tags]).encode()
-        index[i] = (shard, offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
+        index[i] = (0, offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
                     length, len(text), item.split, _digest(decoded))
         texts.append(np.frombuffer(text, np.uint8))
         offset, length = offset + len(decoded.frames), length + len(text)
@@ -892,7 +879,7 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     _put(work / "inputs", inputs)
-    seen, left_out, index, text, length = {}, [], [], [], 0
+    seen, left_out, parts = {}, [], []
     for i in tqdm(range(shards), "preparing", unit="shard", disable=None):
         shard, fresh = work / f"shard-{i:05d}", work / "fresh"
         if not shard.exists():
@@ -903,19 +890,16 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
                 _put(fresh / f"{name}.npy", array)
             _put(fresh / "left_out.json", json.dumps(lost))
             os.replace(fresh, shard)
-        index.append(np.load(shard / "index.npy"))
-        text.append(np.load(shard / "text.npy"))
         left_out += json.loads((shard / "left_out.json").read_text())
-        part = Stickers([], index[-1], text[-1], meta)
-        seen.update((part.index[i]["digest"].tobytes(), part.texts(i)[0]) for i in range(len(part)))
-        index[-1]["text"] += length
-        length += len(text[-1])
+        part = Stickers([shard], np.load(shard / "index.npy"), np.load(shard / "text.npy"), meta)
+        seen.update((part.index[j]["digest"].tobytes(), part.texts(j)[0]) for j in range(len(part)))
+        parts.append(part)
     _put(work / "report.txt", "".join("\t".join(row) + "\n" for row in left_out))
     check(left_out)
-    index, text = np.concatenate(index), np.concatenate(text)
-    _put(work / "index.npy", index)
-    _put(work / "text.npy", text)
-    _put(work / "meta.json", json.dumps(Stickers([], index, text, meta).meta | {"shards": shards}, indent=1))
+    whole, _ = join(parts)
+    _put(work / "index.npy", whole.index)
+    _put(work / "text.npy", whole.text)
+    _put(work / "meta.json", json.dumps(whole.meta | {"shards": shards}, indent=1))
     old = out.with_name(f"{out.name}.old-{os.getpid()}")
     if out.exists():
         os.replace(out, old)
@@ -925,8 +909,12 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
 
 
 def open_store(folder):
-    """A store -> Stickers, memory-mapped: neither memory nor time grow with its size."""
+    """A store -> Stickers, memory-mapped: neither memory nor time grow with the frames in it."""
     folder = Path(folder)
+    with contextlib.suppress(ImportError, OSError, ValueError):         # a mapped shard keeps its file open
+        import resource
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if meta["format"] != FORMAT:
@@ -937,6 +925,9 @@ def open_store(folder):
             raise ValueError("its index is of another kind")
         return Stickers(shards, index, text, meta)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        if getattr(error, "errno", 0) == errno.EMFILE:
+            raise DataError(f"{folder}: too many shards for this system's limit of open files; raise it with "
+                            f"ulimit -n") from error
         raise DataError(f"{folder}: no whole store ({_reason(error, folder)}); delete it and prepare it "
                         f"again") from error
 
@@ -950,7 +941,7 @@ def prepare(folder, out, size, vae=None, workers=2, filters=FILTERS, max_bad=0.1
 
     def make(i, seen):
         rows, lost = decode(items[i * SHARD:(i + 1) * SHARD], size, most, filters, workers, seen)
-        frames, index, text = pack(rows, size, most, i)
+        frames, index, text = pack(rows, size, most)
         return encode_frames(vae, frames), index, text, lost
 
     return write_store(out, meta, inputs, math.ceil(len(items) / SHARD), make,
@@ -1000,7 +991,7 @@ def make_store(args, make):
     vae = None
     if args.vae:
         import rdtf
-        vae = rdtf.load_vae(args.vae).to(args.device)
+        vae = rdtf.load_vae(args.vae).to(rdtf.find_device(args.device))
     s = make(vae)
     print(f"{args.out}: {len(s)} stickers ({len(s.select('held_out'))} held out), {sum(map(len, s.shards))} "
           f"frames of {'x'.join(map(str, s.shards[0].shape[1:]))}")
@@ -1009,16 +1000,21 @@ def make_store(args, make):
 
 
 def one_line(name, work):
-    """Calls work() -> exit status; what goes wrong becomes one line."""
+    """Calls work() -> exit status. What a user can mend becomes one line; bugs keep their traceback."""
     try:
         work()
-    except (DataError, OSError, ValueError, RuntimeError) as error:      # RuntimeError: the device
-        print(f"{name}: {' '.join(str(error).split())[:400]}", file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues where this one stopped", file=sys.stderr)
+        print(f"\n{name}: stopped at once; the same command begins again, a run or a store where it was",
+              file=sys.stderr)
         return 130
-    return 0
+    except (DataError, ImportError, OSError, ValueError, RuntimeError) as error:
+        message, full = " ".join(str(error).split())[:400], "out of memory" in str(error)
+        if isinstance(error, RuntimeError) and not full:
+            raise
+    advice = "; lower --batch-size (train.py: and raise --accumulation, or add --checkpointing)" * full
+    print(f"{name}: {message}{advice}", file=sys.stderr)
+    return 2
 
 
 def told(done):
@@ -1081,7 +1077,8 @@ def main(arguments=None):
     a("--filter", default=",".join(FILTERS), help="what to leave out, some of %(default)s; or none")
     a("--max-bad", type=number(float, 0, 1), default=0.1, help="largest share of unreadable files")
     a("--hold-out", type=number(float, 0, 0.5), default=0.05,
-      help="share never trained on of 40 stickers or more, where metadata.jsonl names no split; 0: none")
+      help="share never trained on of 40 stickers or more (one in round(1 / share)), where metadata.jsonl "
+      "names no split; 0: none")
     a = commands.add_parser("convert", help="write a sticker in another format, size or quality").add_argument
     a("input", help="sticker file")
     a("output", nargs="?", default="",

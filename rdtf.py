@@ -1,9 +1,9 @@
 """RDTF: few-frame video diffusion for animated stickers, trained on few resources (arXiv 2503.17735).
 
 This file is the model, read top to bottom: configuration -> layers -> given frames -> DFGN (the denoising
-network) -> text encoders -> autoencoder -> diffusion (noise, loss, guidance, samplers) -> loading, sampling.
-The paper's two ideas about *data*, dual masks and the curriculum, are in curriculum.py. data.py reads
-stickers, `python train.py` trains and `python sample.py` samples.
+network) -> LoRA -> text encoders -> autoencoder -> diffusion (noise, loss, guidance, samplers) -> loading,
+sampling. The paper's two ideas about *data*, dual masks and the curriculum, are in curriculum.py. data.py
+reads stickers, `python train.py` trains and `python sample.py` samples.
 
 Axis letters: b clip, t frame, c channel, h w rows and columns, n tokens, d width. A clip is (b, t, c, h, w)
 at every public function. Inside the network frames are folded into the batch: (b t) c h w.
@@ -14,8 +14,9 @@ tests/release.py maps onto ours; "ours" where both are silent. Measurements are 
 
 import hashlib
 import math
-import time
+import os
 import zlib
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -101,28 +102,6 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------------------------
 # Layers: each takes and returns feature maps (b t) c h w, unless its docstring says otherwise.
-
-
-@lru_cache
-def bf16_pays():
-    """Is bf16 faster than fp32 on this CPU? Emulated it never is. Where it is in the hardware a small product
-    is timed: an EPYC is four times as fast in bf16, a Xeon without AMX half as fast (benchmarks/README.md)."""
-    took = {}
-    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return False
-    for dtype in (torch.bfloat16, torch.float32) * 4:                       # the first of each warms up
-        x = torch.ones(512, 512, dtype=dtype)
-        began = time.perf_counter()
-        x @ x
-        took[dtype] = min(took.get(dtype, math.inf), time.perf_counter() - began)
-    return took[torch.bfloat16] < took[torch.float32]
-
-
-def has_bf16(device):
-    """Is bf16 arithmetic faster than fp32 on this torch.device?"""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and bf16_pays()
 
 
 def timestep_embedding(t, dim):
@@ -351,15 +330,9 @@ class Layer(nn.Module):
         return self.temporal(self.spatial(x, kv)) if self.spatial else x
 
 
-class Upsample(nn.Module):
+def upsample(c):
     """Doubles the map: nearest neighbour, then a convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, c, 3, padding=1)))
 
 
 class ConditionEncoder(nn.Module):
@@ -392,9 +365,6 @@ def init_weights(root):
         "Detail": ["convs.1", "convs.3"], "TemporalConv": ["convs.3"], "DFGN": ["conv_out"]}
     for m in root.modules():
         ends = zeros.get(type(m).__name__, [])
-        if isinstance(m, STI):
-            nn.init.zeros_(m.w1)
-            nn.init.ones_(m.w2)
         if hasattr(m, "position"):                                          # the text transformer
             nn.init.normal_(m.position, std=0.02)
             ends = [f"blocks.{i}.{x}.out" for i in range(len(m.blocks)) for x in ("attn1", "attn2", "ff")]
@@ -476,7 +446,7 @@ class DFGN(nn.Module):
         context     (b, n, d) text tokens
         cond_mask   (b, t) bool, True = given
         frame_mask  (b, t) bool, True = real, False = padding
-    returns (b, t, c, h, w) fp32: the noise, or v. Height and width must divide by 2^levels.
+    returns (b, t, c, h, w) fp32: the noise, or v. 2^levels divides height and width.
 
     Padded frames are zeroed at the entrance (ours), so what padding holds can never reach a real frame."""
 
@@ -507,7 +477,7 @@ class DFGN(nn.Module):
             for _ in range(cfg.layers + 1):
                 layers.append(Layer(width + skips.pop(), w, cfg, attends[i]))
                 width = w
-            scale = {"scale": Upsample(w)} if i else {}
+            scale = {"scale": upsample(w)} if i else {}
             self.up.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | scale))
         self.norm_out, self.conv_out = nn.GroupNorm(32, ws[0], eps=1e-5), nn.Conv2d(ws[0], c, 3, padding=1)
         init_weights(self)
@@ -740,15 +710,9 @@ class VAEAttention(nn.Module):
         return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-class VAEDownsample(nn.Module):
+def vae_downsample(c):
     """Halves the map; pads on the right and below only, as LDM does."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
 class VAEBlock(nn.Module):
@@ -759,8 +723,8 @@ class VAEBlock(nn.Module):
         blocks = (ResBlock(c_in if j == 0 else c_out, c_out, eps=1e-6) for j in range(layers))
         self.resnets = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList([VAEAttention(c_out)] if attention else [])
-        self.downsamplers = nn.ModuleList([VAEDownsample(c_out)] if scale == "down" else [])
-        self.upsamplers = nn.ModuleList([Upsample(c_out)] if scale == "up" else [])
+        self.downsamplers = nn.ModuleList([vae_downsample(c_out)] if scale == "down" else [])
+        self.upsamplers = nn.ModuleList([upsample(c_out)] if scale == "up" else [])
 
     def forward(self, x):
         for m in (self.resnets[0], *self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
@@ -832,11 +796,6 @@ class AutoencoderKL(nn.Module):
         """Normalised latents -> pictures, colour never above alpha."""
         y = self.decode_raw(z * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
         return torch.cat([torch.minimum(y[:, :3], y[:, 3:]), y[:, 3:]], 1)
-
-    def set_statistics(self, latents):
-        """latents: raw posterior means (n, c, h, w) of the training set."""
-        self.mean.copy_(latents.mean((0, 2, 3)))
-        self.std.copy_(latents.std((0, 2, 3)))
 
     def fingerprint(self):
         return fingerprint(self)
@@ -1034,10 +993,11 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
     """y ~ N(0, 1) (b, t, c, h, w) -> y_0, by `steps` calls of denoise(y, t) with t (b,).
 
     ddim: arXiv 2010.02502 eq. 12 with eta (the paper: 50 steps, eta 1.0, which is ancestral sampling). dpm:
-    DPM-Solver++(2M), arXiv 2211.01095 algorithm 2, for few steps. noise: () -> tensor like y, needed when
+    DPM-Solver++(2M), arXiv 2211.01095 algorithm 2, for few steps. noise: () -> tensor like y, for
     eta > 0. The step before is the list's next entry, never t - T // n. Nothing is clipped."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    noise = noise or (lambda: torch.randn_like(y))
     abar, ts = alphas_cumprod().double(), timesteps(steps)
     old = None                                                              # (y0, log-SNR) of the step before
     for i, t in enumerate(ts):
@@ -1068,6 +1028,34 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
 # A model ready to use
 
 FORMAT = 2                                # of checkpoints
+
+
+def find_device(name):
+    """auto, cpu, cuda, cuda:1 or mps -> torch.device; of torchrun's processes each has a GPU of its own.
+    ValueError, one line, where it can't be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else name
+        return torch.zeros(1, device=own).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: not usable here ({reason(e)}); try --device cpu") from None
+
+
+@lru_cache
+def cpu_has_bf16():
+    """An EPYC with bf16 instructions is four times as fast in them as in fp32, a Xeon that has them but no
+    AMX half as fast; emulated they never pay (benchmarks/README.md). No stopwatch: one answer for a run."""
+    cpu = Path("/proc/cpuinfo")                                             # where there is none: fp32
+    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    return torch.cpu._is_amx_tile_supported() or amd and torch.cpu._is_avx512_bf16_supported()
+
+
+def has_bf16(device):
+    """Is bf16 arithmetic faster than fp32 on this torch.device?"""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and cpu_has_bf16()
 
 
 class Loaded(NamedTuple):
@@ -1118,10 +1106,8 @@ def load_lora(path, loaded):
 
 
 def to_device(x, device):
-    """A tensor, or a dict of them."""
-    if isinstance(x, dict):
-        return {k: to_device(v, device) for k, v in x.items()}
-    return x.to(device, non_blocking=True)
+    """A dict of tensors."""
+    return {k: v.to(device, non_blocking=True) for k, v in x.items()}
 
 
 @torch.no_grad()
@@ -1135,14 +1121,15 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
     and scales; bf16 where the device has it. progress(i, y) is called after every step."""
     model, vae, cfg, _ = loaded
     device, b = model.abar.device, len(captions)
-    cond = torch.as_tensor(np.asarray(cond_mask), dtype=torch.bool, device=device)
-    real = torch.ones_like(cond)
-    if frame_mask is not None:
-        real = torch.as_tensor(np.asarray(frame_mask), dtype=torch.bool, device=device)
-        cond = cond & real                                                  # else padding would be looked at
+    cond = torch.as_tensor(cond_mask, dtype=torch.bool, device=device)
+    real = torch.ones_like(cond) if frame_mask is None else \
+        torch.as_tensor(frame_mask, dtype=torch.bool, device=device)
+    cond = cond & real                                                      # else padding would be looked at
     frames = torch.where(spread(cond), frames.to(device).float(), 0.0)
     text_scale = cfg.text_scale if text_scale is None else text_scale
     image_scale = cfg.image_scale if image_scale is None else image_scale
+    if len(seeds) != b:
+        raise ValueError(f"{len(seeds)} seeds for {b} stickers: give one each")
     gens = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(int(s)) for s in seeds]
 
     def noise():  # one generator per sticker, always on the CPU: it depends on no batch and no device

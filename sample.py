@@ -27,9 +27,9 @@ import torch
 from tqdm import tqdm
 
 from curriculum import make_masks
-from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, read_sticker, save_sheet, to_straight,
-                  told, unpremultiply, wanted_path, write_sticker)
-from rdtf import SAMPLERS, load_lora, load_model, sample_clips
+from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, one_line, read_sticker, save_sheet,
+                  to_straight, told, unpremultiply, wanted_path, write_sticker)
+from rdtf import SAMPLERS, find_device, load_lora, load_model, sample_clips
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
@@ -248,7 +248,7 @@ def parser():
 def check(args):
     """Each wrong combination says what to add or remove. Needs no model; settles the mode."""
     a = args
-    a.asked, a.out = a.mode, wanted_path(a.out, a.platform, "sticker")
+    a.out = wanted_path(a.out, a.platform, "sticker")
     a.mode = a.mode or ("generate" if a.mask or a.image or a.text and not a.input else "interpolate")
     only = {"given": "predict", "backward": "predict", "factor": "interpolate"}
     for bad, message in [
@@ -301,18 +301,17 @@ def settle(args, cfg):
 def run(args, command):
     """Everything that can be refused is refused before the first step."""
     check(args)
-    seeds, out, kind = parse_seeds(args.seeds), Path(args.out), args.device
+    seeds, out = parse_seeds(args.seeds), Path(args.out)
     if args.out == "-" and len(seeds) > 1:
         raise DataError(f"--out - with --seeds {args.seeds}: stdout takes one sticker; name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = find_device(args.device)
     if args.lora and not args.ckpt:
         raise DataError(f"--lora {args.lora}: name with --ckpt the checkpoint it was trained on")
     if not args.ckpt:
         args.ckpt = default_checkpoint()                           # "the newest run" will be another one soon
         command += f" --ckpt {shlex.quote(args.ckpt)}"
-    loaded = load_model(args.ckpt, kind)
+    loaded = load_model(args.ckpt, device)
     if args.lora:
         load_lora(args.lora, loaded)
     cfg, F = loaded.cfg, loaded.cfg.frames
@@ -326,10 +325,10 @@ def run(args, command):
         return frames
 
     mode(count, given[None], args, F)                              # a rehearsal: counts windows, and checks
-    batch = args.batch_size or (1 if kind == "cpu" else 8)         # on a CPU a batch saves no time
+    batch = args.batch_size or (1 if device.type == "cpu" else 8)         # on a CPU a batch saves no time
     groups = [seeds[i:i + batch] for i in range(0, len(seeds), batch)]
     print(f"{args.ckpt} (update {loaded.meta['step']}): {args.mode}, {len(seeds)} sticker(s), "
-          f"{args.sampler} {args.steps} steps, {kind}")
+          f"{args.sampler} {args.steps} steps, {device.type}")
     bar = tqdm(total=len(groups) * len(windows) * args.steps, unit="step", desc="sampling", disable=None)
     clips = []
     for group in groups:
@@ -365,23 +364,11 @@ def run(args, command):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parser().parse_args(argv)
-        with contextlib.redirect_stdout(sys.stderr if args.out == "-" else sys.stdout):
-            run(args, shlex.join(["python", "sample.py", *argv]))
-        return
-    except (DataError, ImportError, ValueError) as e:
-        message = (str(e).strip() or type(e).__name__).splitlines()[0]
-    except OSError as e:
-        message = f"{e.filename or 'a file'}: {e.strerror or e}; choose another place"
-    except torch.OutOfMemoryError as e:
-        message = f"out of memory ({str(e).splitlines()[0]}); lower --batch-size"
-    except (RuntimeError, AssertionError) as e:                    # so torch reports a missing device
-        message = f"{str(e).splitlines()[0]}; try --device cpu"
-    except KeyboardInterrupt:
-        sys.exit(130)
-    print(f"sample.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    args = parser().parse_args(argv)
+    with contextlib.redirect_stdout(sys.stderr if args.out == "-" else sys.stdout):
+        status = one_line("sample.py", lambda: run(args, shlex.join(["python", "sample.py", *argv])))
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from curriculum import TASKS, Curriculum, make_masks
-from data import DataError, draw_clip, join, number, open_stickers, save_sheet, to_straight, write_sticker
+from data import (DataError, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
+                  write_sticker)
 from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Loaded, add_lora,
-                  alphas_cumprod, drop_words, fingerprint, guess_frames, has_bf16, load_model, load_vae,
-                  read_weights, reason, sample_clips, to_device)
+                  alphas_cumprod, drop_words, find_device, fingerprint, guess_frames, has_bf16, load_model,
+                  load_vae, read_weights, reason, sample_clips, to_device)
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "weights" / "stickers-64.pt"
@@ -61,7 +62,8 @@ LORA = dict(optimizer="adamw", lr=2e-3, weight_decay=0.01)                  # wh
 
 
 def parser():
-    p = argparse.ArgumentParser(description=f"{__doc__.splitlines()[0]} None: the preset's recipe decides.",
+    about = f"{__doc__.splitlines()[0]} A default of None is what the preset's recipe says."
+    p = argparse.ArgumentParser(description=about,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.error = lambda message: p.exit(2, f"train.py: {message}\n")
     a, some, count, rate = p.add_argument, number(int, 1), number(int, 0), number(float, 0)
@@ -123,21 +125,14 @@ class Context:
 
     def __init__(self, args):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, local, kind = self.rank == 0, int(os.environ.get("LOCAL_RANK", 0)), args.device
-        if kind == "auto":
-            mps = torch.backends.mps.is_available()
-            kind = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        try:
-            self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise DataError(f"--device {args.device}: not usable here ({reason(e)}); try --device cpu")
-        if kind == "cuda":
+        self.main, self.device = self.rank == 0, find_device(args.device)
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
             # the others wait while the main process evaluates, samples and saves
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(self.device)
 
     def autocast(self):
@@ -243,11 +238,11 @@ def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")
     for clip, n, caption, g in rows:
         rng = np.random.default_rng([args.seed, 3, g])
         task = curriculum.draw(weights, n, rng)
-        given, frames = make_masks(task, n, len(clip), rng=rng)
+        cond_mask, frame_mask = make_masks(task, n, len(clip), rng=rng)
         caption, u = drop_words(caption, rng, args.word_drop), rng.random()
         texts.append(caption if TASKS[task].text and u >= 2 * args.drop else "")
-        cond.append(given & (u >= args.drop))
-        real.append(frames)
+        cond.append(cond_mask & (u >= args.drop))
+        real.append(frame_mask)
         steps.append(noise_step(args.noise_levels, g, rng))
         rngs.append(rng)
     cond, real = (torch.from_numpy(np.stack(x)) for x in (cond, real))
@@ -315,10 +310,12 @@ def make_optimizers(module, kind, weight_decay):
     """-> list of optimizers; `share` in their groups is of the learning rate.
     With muon AdamW trains what is no hidden matrix: norms, biases, embeddings, the entrance and the exit, and
     STI's small parts, at a tenth of the rate and without decay."""
-    params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     ends = ("conv_in.", "conv_out.", "embed.", "words.", "position", "number", ".detail.")
-    hidden = [n for n, p in params if p.ndim > 1 and not any(x in "." + n for x in ends)] * (kind == "muon")
-    matrices, rest = ([p for n, p in params if (n in hidden) == yes] for yes in (True, False))
+    hidden = {n for n, p in params.items()
+              if kind == "muon" and p.ndim > 1 and not any(x in "." + n for x in ends)}
+    matrices = [p for n, p in params.items() if n in hidden]
+    rest = [p for n, p in params.items() if n not in hidden]
     share, decay = (0.1, 0.0) if hidden else (1.0, weight_decay)
     adamw = torch.optim.AdamW([{"params": rest, "share": share}], lr=0.0, betas=(0.9, 0.999),
                               weight_decay=decay, fused=rest[0].device.type != "mps")
@@ -783,24 +780,12 @@ def export(args):
 
 
 def main():
-    args, code = parser().parse_args(), 2
-    try:
-        export(args) if args.export else run(args)
-        return
-    except (DataError, ImportError, ValueError) as e:
-        message = " ".join(str(e).split())
-    except torch.OutOfMemoryError as e:
-        message = f"out of memory ({reason(e)}); lower --batch-size and raise --accumulation, or add " \
-                  f"--checkpointing"
-    except OSError as e:
-        message = f"{e.filename or args.out}: {e.strerror or e}; is there room, may you write there?"
-    except KeyboardInterrupt:
-        message, code = "stopped at once; the same command goes on from the last checkpoint", 130
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(code)
+    args = parser().parse_args()
+    status = one_line("train.py", lambda: export(args) if args.export else run(args))
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

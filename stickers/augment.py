@@ -95,7 +95,7 @@ def augment(stickers, out, copies, vae=None, flying=False, seed=0):
     def make(shard, seen):
         rows = [change(int(i), copy) for i in items[shard * per:(shard + 1) * per]
                 for copy in range(1 if stickers.index[i]["split"] else copies)]
-        frames, index, text = pack(rows, size, most, shard)
+        frames, index, text = pack(rows, size, most)
         return encode_frames(vae, frames), index, text, []
 
     meta = make_meta(size, most, vae)

@@ -120,7 +120,9 @@ def train_vae(cfg, stickers, order, args, ctx):
             return None
     with torch.no_grad():
         pictures = draw_pictures(stickers, order, range(1024), args.seed).to(ctx.device)
-        average.set_statistics(torch.cat([average.moments(x)[0] for x in pictures.split(64)]))
+        z = torch.cat([average.moments(x)[0] for x in pictures.split(64)])  # raw posterior means, n c h w
+        average.mean.copy_(z.mean((0, 2, 3)))
+        average.std.copy_(z.std((0, 2, 3)))
     return average
 
 

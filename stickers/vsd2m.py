@@ -113,7 +113,7 @@ def vsd2m(labels, path, out, size, vae=None, workers=0, filters=FILTERS, hold_ou
         part = rows[i * SHARD:(i + 1) * SHARD]
         results = zip((item for item, _ in part), in_order(work, part, workers))
         kept, left_out = sort_out(results, filters, seen)
-        frames, index, text = pack(kept, size, most, i)
+        frames, index, text = pack(kept, size, most)
         return encode_frames(vae, frames), index, text, left_out
 
     return write_store(out, meta, repr((meta, sorted(filters), words, stat.st_size, stat.st_mtime_ns)),

@@ -274,13 +274,14 @@ def test_bf16_is_taken_where_the_hardware_has_it(here, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert rdtf.has_bf16(torch.device("cuda")) == has
     assert not rdtf.has_bf16(torch.device("mps"))
-    for slow in (torch.bfloat16, torch.float32):                            # of a CPU: where it is faster, too
-        moments = iter(np.cumsum([x for dtype in (torch.bfloat16, torch.float32) * 4
-                                  for x in (0, 1 + (dtype == slow))]).tolist())
+    for vendor, amx, bf16, pays in (
+            ("GenuineIntel", True, True, True), ("GenuineIntel", False, True, False),
+            ("AuthenticAMD", False, True, True), ("AuthenticAMD", False, False, False)):
         with monkeypatch.context() as patch:
-            patch.setattr(rdtf.time, "perf_counter", lambda: next(moments))
-            patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-            assert rdtf.bf16_pays.__wrapped__() == (slow == torch.float32)
+            patch.setattr(rdtf.Path, "read_text", lambda path: f"vendor_id : {vendor}")
+            patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+            patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+            assert bool(rdtf.cpu_has_bf16.__wrapped__()) == pays or not rdtf.Path("/proc/cpuinfo").exists()
     asked = []
     monkeypatch.setattr(rdtf, "has_bf16", lambda device: asked.append(device) or False)
     sample_clips(load_model("micro.pt"), [""], torch.zeros(1, 8, 4, 32, 32), np.zeros((1, 8), bool), steps=1)
