@@ -1005,7 +1005,7 @@ def one_line(name, work):
         work()
         return 0
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped at once; the same command begins again, a run or a store where it was",
+        print(f"\n{name}: stopped at once; with the same command a run or a store goes on where it was",
               file=sys.stderr)
         return 130
     except (DataError, ImportError, OSError, ValueError, RuntimeError) as error:

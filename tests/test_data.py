@@ -623,6 +623,21 @@ def test_prepare_killed_in_the_middle_continues_to_the_same_bytes(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_store_may_have_more_shards_than_files_may_be_open_by_default(tmp_path, monkeypatch):
+    """Fault: 1,024 open files are the default of many systems, a store of 10^6 stickers has 1,000 shards."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(data, "SHARD", 1)
+    write_folder(tmp_path / "in", 30)
+    data.prepare(tmp_path / "in", tmp_path / "out", 32, workers=0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, limits[1]))
+        store = data.open_store(tmp_path / "out")
+        assert len(store.shards) == 30 and store.frames(len(store) - 1).shape[1:] == (4, 32, 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_workers_that_die_or_hang_cost_one_item_each():
     orders, start = [0, 1, "die", *range(3, 8), "hang", 9, 10], time.monotonic()
     results = list(data.in_order(functools.partial(corpus.act), orders, 2, timeout=5))
@@ -657,7 +672,7 @@ def test_ctrl_c_while_data_are_decoded(tmp_path, workers):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)                              # as a terminal does, to all of them
     err = process.communicate(timeout=10)[1]
-    assert process.returncode == 130 and "continues where this one stopped" in err
+    assert process.returncode == 130 and "goes on where it was" in err
     assert "Traceback" not in err
     assert (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists()
 
