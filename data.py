@@ -369,7 +369,7 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
 
     # All frames if some level allows it, else every second, fourth, ..; then the best level. A lossy level
     # is smaller than the one before; a lossless file may be smaller than a lossy one.
-    step = next((x for x in steps if fits(x, levels[-1]) or fits(x, levels[0])), steps[-1])
+    step = next((x for x in steps if fits(x, levels[-1]) or not levels[0] and fits(x, None)), steps[-1])
     at = 0 if fits(step, levels[0]) else bisect.bisect_left(levels, True, lo=1, key=partial(fits, step))
     level = levels[min(at, len(levels) - 1)]
     data = coded(step, level)
@@ -1012,6 +1012,8 @@ def one_line(name, work):
         message, full = " ".join(str(error).split())[:400], "out of memory" in str(error)
         if isinstance(error, RuntimeError) and not full:
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}; is there room, may you write there?"
     advice = "; lower --batch-size (train.py: and raise --accumulation, or add --checkpointing)" * full
     print(f"{name}: {message}{advice}", file=sys.stderr)
     return 2

@@ -220,10 +220,11 @@ def noise_step(kind, g, rng):
 def draw_noise(rngs, shape, device):
     """-> (len(rngs), *shape) fp32, each row from its own numpy Generator. For a GPU they only give the seeds:
     it draws the numbers itself, other ones, which would take the host as long as all else of a clip."""
-    noise = torch.empty(len(rngs), *shape, device=device if device.type == "cuda" else "cpu")
+    place = device if device.type == "cuda" else torch.device("cpu")
+    noise, stream = torch.empty(len(rngs), *shape, device=place), torch.Generator(place)
     for rng, row in zip(rngs, noise):
         if noise.is_cuda:
-            row.normal_(generator=torch.Generator(device).manual_seed(int(rng.integers(2 ** 63))))
+            row.normal_(generator=stream.manual_seed(int(rng.integers(2 ** 63))))
         else:
             rng.standard_normal(out=row.numpy(), dtype=np.float32)
     return noise
@@ -781,9 +782,11 @@ def export(args):
 
 def main():
     args = parser().parse_args()
-    status = one_line("train.py", lambda: export(args) if args.export else run(args))
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        status = one_line("train.py", lambda: export(args) if args.export else run(args))
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     if status:
         sys.exit(status)
 

@@ -294,7 +294,8 @@ def test_bf16_is_taken_where_the_hardware_has_it(here, monkeypatch):
 
 def test_each_sticker_has_a_seed_of_its_own(here):
     with pytest.raises(ValueError, match="1 seeds for 2 stickers"):
-        sample_clips(load_model("micro.pt"), ["cat"] * 2, torch.zeros(2, 8, 4, 32, 32), np.zeros((2, 8), bool))
+        blank, none = torch.zeros(2, 8, 4, 32, 32), np.zeros((2, 8), bool)
+        sample_clips(load_model("micro.pt"), ["cat", "cat"], blank, none)
 
 
 def test_a_sticker_depends_on_its_seed_alone(here):
