@@ -369,7 +369,7 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
 
     # All frames if some level allows it, else every second, fourth, ..; then the best level. A lossy level
     # is smaller than the one before; a lossless file may be smaller than a lossy one.
-    step = next((x for x in steps if fits(x, levels[-1]) or not levels[0] and fits(x, None)), steps[-1])
+    step = next((x for x in steps if fits(x, levels[-1]) or fits(x, levels[0])), steps[-1])
     at = 0 if fits(step, levels[0]) else bisect.bisect_left(levels, True, lo=1, key=partial(fits, step))
     level = levels[min(at, len(levels) - 1)]
     data = coded(step, level)
