@@ -49,6 +49,7 @@ class Config:
     # where the small presets depart from the paper (ours; `paper` has all of them off)
     narrow: bool = False                  # transformer_in and STI attend in the width of their level
     prediction: str = "eps"               # what the output means: the noise (paper) or v
+    zero_snr: bool = False                # the last noise step is noise alone (arXiv 2305.08891)
     residual: bool = False                # diffuse the difference to a guess from the given frames
     inputs: bool = False                  # the network reads that guess, both masks and the frame number
     clean: bool = False                   # given frames enter without noise and are left out of the loss
@@ -74,6 +75,8 @@ class Config:
             setattr(self, name, tuple(getattr(self, name)))
         if self.temporal not in MIXERS:
             raise ValueError(f"temporal={self.temporal!r}: choose one of {', '.join(MIXERS)}")
+        if self.zero_snr and self.prediction == "eps":
+            raise ValueError("zero_snr: noise alone does not tell what the noise hides; use prediction v")
 
     @property
     def f(self):
@@ -793,12 +796,17 @@ class AutoencoderKL(nn.Module):
         return (self.moments(x)[0] - self.mean[:, None, None]) / self.std[:, None, None]
 
     def decode(self, z):
-        """Normalised latents -> pictures, colour never above alpha."""
-        y = self.decode_raw(z * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)
-        return torch.cat([torch.minimum(y[:, :3], y[:, 3:]), y[:, 3:]], 1)
+        """Normalised latents -> pictures."""
+        return premultiplied(self.decode_raw(z * self.std[:, None, None] + self.mean[:, None, None]))
 
     def fingerprint(self):
         return fingerprint(self)
+
+
+def premultiplied(x):
+    """(..., 4, h, w) -> within [0, 1], colour never above alpha."""
+    colour, alpha = x.clamp(0, 1).split([3, 1], -3)
+    return torch.cat([torch.minimum(colour, alpha), alpha], -3)
 
 
 def fingerprint(module):
@@ -862,10 +870,16 @@ def load_vae(path):
 STEPS = 1000
 
 
-def alphas_cumprod():
-    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta) (LDM code calls this "linear")."""
+def alphas_cumprod(zero_snr=False):
+    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta) (LDM code calls this "linear").
+
+    Its last step still holds 0.068 y_0, which sampling cannot start from. zero_snr: sqrt(abar) is moved and
+    stretched so that it ends at 0 and begins where it did (arXiv 2305.08891, algorithm 1)."""
     betas = np.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, STEPS, dtype=np.float64) ** 2
-    return torch.from_numpy(np.cumprod(1 - betas)).float()
+    root = np.cumprod(1 - betas) ** 0.5
+    if zero_snr:
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return torch.from_numpy(root ** 2).float()
 
 
 def q_sample(y0, noise, a):
@@ -898,7 +912,7 @@ class RDTF(nn.Module):
         super().__init__()
         self.cfg, self.net = cfg, DFGN(cfg)
         self.text = FrozenText(cfg, text_paths) if cfg.text_dims else ByteText(cfg)
-        self.register_buffer("abar", alphas_cumprod(), persistent=False)
+        self.register_buffer("abar", alphas_cumprod(cfg.zero_snr), persistent=False)
 
     def guess(self, x0, cond_mask):
         """-> (guess, unit), so that x_0 = guess + unit * y_0; 0 and 1 without `residual`."""
@@ -927,8 +941,8 @@ class RDTF(nn.Module):
 
     @torch.no_grad()
     def mean(self, x0, noise, text, cond_mask, frame_mask):
-        """The one-step estimate of x_0 at the noisiest step, where y_t still holds 0.068 y_0. EV = 1 - its
-        squared error / the guess's, over made frames, is above 0 where something was learnt."""
+        """The one-step estimate of x_0 at the noisiest step (without `zero_snr` y_t still holds 0.068 y_0 there).
+        EV = 1 - its squared error / the guess's, over made frames, is above 0 where something was learnt."""
         guess, unit = self.guess(x0, cond_mask)
         t = torch.full((len(x0),), STEPS - 1, device=x0.device)
         y, a = self.noised((x0 - guess) / unit, noise, t, cond_mask)
@@ -989,20 +1003,20 @@ def timesteps(n):
 SAMPLERS = ("ddim", "dpm")
 
 
-def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=None):
+def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=None, abar=None):
     """y ~ N(0, 1) (b, t, c, h, w) -> y_0, by `steps` calls of denoise(y, t) with t (b,).
 
     ddim: arXiv 2010.02502 eq. 12 with eta (the paper: 50 steps, eta 1.0, which is ancestral sampling). dpm:
     DPM-Solver++(2M), arXiv 2211.01095 algorithm 2, for few steps. noise: () -> tensor like y, for
-    eta > 0. The step before is the list's next entry, never t - T // n. Nothing is clipped."""
+    eta > 0. abar: the model's, None = the paper's. The step before is the list's next entry, never t - T // n.
+    Nothing is clipped."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(SAMPLERS)}")
     noise = noise or (lambda: torch.randn_like(y))
-    abar, ts = alphas_cumprod().double(), timesteps(steps)
+    abar, ts = (alphas_cumprod() if abar is None else abar).double().tolist(), timesteps(steps)
     old = None                                                              # (y0, log-SNR) of the step before
     for i, t in enumerate(ts):
-        a = abar[t].item()
-        a_next = abar[ts[i + 1]].item() if i + 1 < steps else 1.0
+        a, a_next = abar[t], abar[ts[i + 1]] if i + 1 < steps else 1.0
         y0 = denoise(y, torch.full((len(y),), t, device=y.device)).float()
         if sampler == "ddim":
             e = (y - a ** 0.5 * y0) / (1 - a) ** 0.5
@@ -1013,7 +1027,7 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
         elif a_next == 1:                                                   # infinite log-SNR: first order
             y = y0
         else:
-            lam, lam_next = (0.5 * math.log(x / (1 - x)) for x in (a, a_next))
+            lam, lam_next = (0.5 * math.log(x / (1 - x)) if x else -math.inf for x in (a, a_next))
             d = y0
             if old is not None:
                 d = y0 + (y0 - old[0]) * (lam_next - lam) / (2 * (lam - old[1]))
@@ -1110,6 +1124,20 @@ def to_device(x, device):
     return {k: v.to(device, non_blocking=True) for k, v in x.items()}
 
 
+def decode_clips(vae, x, z, frames, cond_mask):
+    """Latents x (b, t, c, h, w) -> pictures (b, t, 4, s, s); where cond_mask (b, t) is True: `frames`, whose
+    latents are z.
+
+    What the autoencoder loses of the given frames is known. Made frames get their blend of it back where they
+    show what the blend of the given ones shows (ours: 0.5 dB between frames, benchmarks/README.md)."""
+    given = spread(cond_mask)
+    clip = torch.stack([vae.decode(row) for row in torch.where(given, z, x)]).float()
+    lost, seen = blend(frames - clip, cond_mask), blend(clip, cond_mask)
+    apart = F.avg_pool2d((clip - seen).square().mean(2), 5, 1, 2, count_include_pad=False)    # b t s s
+    alike = torch.exp(-apart / 0.1 ** 2)[:, :, None]
+    return torch.where(given, frames, premultiplied(clip + alike * lost))
+
+
 @torch.no_grad()
 def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=None, sampler=None, eta=1.0,
                  text_scale=None, image_scale=None, negative="", seeds=(0,), bf16=None, progress=None):
@@ -1144,7 +1172,7 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
         y = noise()
         denoise, finish = denoiser(model, text, none, z, cond, real, text_scale, image_scale, y,
                                    any(c != negative for c in captions))
-        x = finish(sample(denoise, y, steps or cfg.steps, sampler or cfg.sampler, eta, noise, progress))
-        clip = torch.stack([vae.decode(row) for row in x])
-    clip = torch.where(spread(cond), frames, clip)
+        x = finish(sample(denoise, y, steps or cfg.steps, sampler or cfg.sampler, eta, noise, progress,
+                          model.abar))
+        clip = decode_clips(vae, x, z, frames, cond)
     return torch.where(spread(real), clip, 0.0)

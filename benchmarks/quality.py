@@ -413,12 +413,12 @@ def generate(model, clips, captions, mask, args, seeds):
 
 
 @torch.no_grad()
-def decode(vae, z, clips, mask):
-    """Latents (n, t, c, h, w) -> clips (n, t, h, w, 4): made frames decoded, given ones from `clips`."""
-    out, made = clips.copy(), np.flatnonzero(~mask)
-    for clip, row in zip(out, z):
-        clip[made] = vae.decode(row[made]).float().cpu().permute(0, 2, 3, 1).numpy()
-    return out
+def decode(vae, x, z, clips, mask):
+    """Latents x (n, t, c, h, w) of made frames, z of `clips` -> clips (n, t, h, w, 4), as sample.py does it."""
+    given = torch.from_numpy(mask).to(z.device)[None]
+    out = [rdtf.decode_clips(vae, x[i, None], z[i, None], to_torch(clips[i, None], z.device), given)[0]
+           for i in range(len(clips))]
+    return torch.stack(out).cpu().permute(0, 1, 3, 4, 2).numpy()
 
 
 def to_uint8(clips):
@@ -467,17 +467,16 @@ def one_step_means(model, clips, captions, modes, args, rivals=True):
     n, found = len(clips), {}
     with autocast(args, device):
         z, noise = latents_of(model, clips)                                               # n t c h w
-        seen = decode(vae, z, clips, NONE) if rivals else None
         for mode in modes:
             mask, with_text = mode_of(mode)
             text = net.text.tokenize(captions if with_text else [""] * n).to(device)
             means, start = one_step(net, z, noise, text, mask, args.batch)
             known = ratio(*squared_errors(z, (means, start), ~mask))
             row = found[mode] = {"EV": interval(lambda w: 1 - known(w), n, args.draws)}
-            methods = {"ours": decode(vae, means, clips, mask)}
+            methods = {"ours": decode(vae, means, z, clips, mask)}
             if rivals:
-                methods |= {**rivals_of(mode, clips, mask), "latent blend": decode(vae, start, clips, mask),
-                            "ceiling": np.where(mask[:, None, None, None], clips, seen)}
+                methods |= {**rivals_of(mode, clips, mask), "ceiling": decode(vae, z, z, clips, mask),
+                            "latent blend": decode(vae, start, z, clips, mask)}
             for name, fake in methods.items():
                 row[name] = interval(mean(psnr(clips, fake, ~mask), None), n, args.draws)
     return found
@@ -642,7 +641,7 @@ def run(args):
     captions = plan["captions"]
     retrieved = clips_of(stickers, word_retrieval(captions, stickers, pool or plan["others"]))
     with torch.no_grad(), autocast(args, model.model.abar.device):
-        latents = torch.stack([model.vae.encode(x) for x in to_torch(real, model.model.abar.device)])
+        latents, _ = latents_of(model, real)
 
     results, raw = {"plan": plan, "settings": settings_of(args, model.cfg), "modes": {}}, {}
     for mode in args.modes.split(","):
@@ -650,7 +649,7 @@ def run(args):
         made = ~mask
         ours = generate(model, real, captions if with_text else [""] * len(real), mask, args, plan["seeds"])
         methods = {"ours": ours, **rivals_of(mode, real, mask, retrieved),
-                   "ceiling: truth through our autoencoder": decode(model.vae, latents.float(), real, mask)}
+                   "ceiling: truth through our autoencoder": decode(model.vae, latents, latents, real, mask)}
         truth = bench.raw(real, made, captions)
         pixels = None if mode in GENERATION else real
         raws = {name: bench.raw(clips, made, captions, pixels) for name, clips in methods.items()}

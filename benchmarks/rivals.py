@@ -279,16 +279,14 @@ def spend(name, cfg, weights, minutes, out, args, tasks, measured=True):
         return True
     optimizer, lr = args.optimizer or STAGES[name].optimizer, args.lr or STAGES[name].lr
     flags = dict(data=args.data, out=out, vae=args.vae or args.base, steps=ladder.FOREVER, seed=args.seed,
-                 tasks=tasks, temporal=cfg.temporal, batch_size=args.batch_size, lr=lr,
-                 optimizer=optimizer, curriculum="none", eval_every=0, save_every=args.save_every)
-    if optimizer == "adamw":
-        flags["weight_decay"] = 0.01                                        # tiny's decay is Muon's
+                 tasks=tasks, temporal=cfg.temporal, batch_size=args.batch_size, optimizer=optimizer, lr=lr,
+                 weight_decay=0.01 if optimizer == "adamw" else 0.1,        # tiny's 0.1 is Muon's
+                 curriculum="none", eval_every=0, save_every=args.save_every)
     words = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
              for key, value in flags.items()]
     with built_as(name, cfg, weights):
         clock = ladder.Clock(out, SimpleNamespace(**vars(args) | dict(minutes=minutes)))
-        if not measured:
-            clock.measure = lambda *rest: None
+        clock.measure = clock.measure if measured else lambda *rest: None
         train.run(train.parser().parse_args(sum(words, [])))
     return clock.spent() >= 60 * minutes
 
@@ -315,7 +313,7 @@ def train_command(args):
         raise data.DataError(f"{out}: made with other flags, see settings.json; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if name == "customize":
         first, minutes = ABSORBING * minutes, (1 - ABSORBING) * minutes
         if not spend("absorbers", cfg, weights, first, out / "absorbers", args, "t2v", measured=False):
@@ -331,7 +329,8 @@ def count_command(args):
     for name in (n for n, method in STAGES.items() if method.tuned):
         model, kinds = RDTF(base.cfg), {}
         for n, p in STAGES[name].add(model).items():
-            kinds.setdefault(re.sub(r"^net\.(down|mid|up)\.\d+(.layers\.\d+)?", "*", n), []).append(p.numel())
+            kind = re.sub(r"^net\.(down|mid|up)\.\d+(.layers\.\d+)?", "*", n)
+            kinds.setdefault(kind, []).append(p.numel())
         now, whole = sum(map(sum, kinds.values())), sum(p.numel() for p in model.parameters())
         print(f"{name}: trains {now:,} of {whole:,} parameters ({100 * now / whole:.1f} %)")
         for kind, sizes in kinds.items() if name != "full" else ():
@@ -472,6 +471,7 @@ def parser():
     p.add_argument("--widths", type=int, nargs="+", default=WIDE, help="of base")
     p.add_argument("--tasks", default="i2v,it2v,predict_pre,predict_post,interpolate", help="tasks trained")
     p.add_argument("--batch-size", type=int, default=8, help="clips per update")
+    p.add_argument("--threads", type=int, default=1, help="of the CPU; --minutes counts the time of all")
     p.add_argument("--marks", type=int, default=3, help="measurements of the one-step mean on the way")
     p.add_argument("--save-every", type=int, default=50, help="updates between checkpoints")
     commands.add_parser("count").add_argument("--base", required=True, help="checkpoint")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import rdtf
 from rdtf import (RDTF, Config, alphas_cumprod, blend, denoiser, guess_frames, guidance_weights, q_sample,
                   sample, target, timestep_embedding, to_y0)
 
@@ -42,9 +43,15 @@ def test_schedule_is_the_scaled_linear_one():
     assert a.dtype == torch.float32 and a.shape == (1000,)
     assert a[0].item() == pytest.approx(1 - 0.00085, abs=1e-6)
     assert a[-1].item() == pytest.approx(0.0046602, rel=1e-3)
+    zero = alphas_cumprod(zero_snr=True)
+    assert zero[-1] == 0 and zero[0] == a[0] and (zero[1:] < a[1:]).all()
     diffusers = pytest.importorskip("diffusers")
-    peer = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert torch.allclose(a, peer.alphas_cumprod, rtol=2e-5)
+    for ours, rescaled in ((a, False), (zero, True)):
+        peer = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                       rescale_betas_zero_snr=rescaled)
+        assert torch.allclose(ours, peer.alphas_cumprod, rtol=2e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="prediction v"):
+        Config(zero_snr=True)
 
 
 def test_fp32_where_bf16_would_lose():
@@ -193,3 +200,27 @@ def test_guidance_equals_three_plain_calls(variant, scales):
     if m.cfg.residual:
         with pytest.raises(ValueError, match="image_scale=2"):
             denoiser(m, text, none, hidden, given, real, st, 2.0, noise)
+
+
+class HalfVAE(torch.nn.Module):
+    """Loses every second column of a picture."""
+    def decode(self, z):
+        return z.repeat_interleave(2, -1)
+
+
+def test_what_the_autoencoder_loses_comes_back_where_a_made_frame_shows_the_same():
+    gen = torch.Generator().manual_seed(0)
+    frames = rdtf.premultiplied(torch.rand(1, 8, 4, 16, 16, generator=gen))
+    frames[:, 1:] = frames[:, :1]                                           # a still ...
+    frames[:, 6:, :, :, 8:] = 1 - frames[:, 6:, :, :, 8:]                   # ... that changes in one half
+    given, z = torch.arange(8)[None] == 0, frames[..., ::2]
+    clip = rdtf.decode_clips(HalfVAE(), z, z, frames, given)
+    plain = rdtf.premultiplied(HalfVAE().decode(z))
+    assert torch.equal(clip[:, 0], frames[:, 0]) and not torch.allclose(plain[:, 1], frames[:, 1], atol=0.1)
+    assert torch.allclose(clip[:, 1:6], frames[:, 1:6], atol=1e-6)          # all is back
+    left = clip[:, 6:, :, :, :5]
+    assert torch.allclose(left, frames[:, 6:, :, :, :5], atol=1e-6)         # here, too, out of reach of
+    assert torch.allclose(clip[:, 6:, :, :, 11:], plain[:, 6:, :, :, 11:], atol=1e-3)       # what changed
+    assert 0 <= clip.min() and (clip[:, :, :3] <= clip[:, :, 3:]).all()
+    none = rdtf.decode_clips(HalfVAE(), z, z, frames, torch.zeros_like(given))
+    assert torch.equal(none, plain)                                         # nothing given, nothing known
