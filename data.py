@@ -354,7 +354,7 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
         frames = unpremultiply(fit_frames(frames, size))
     frames = np.where(frames[..., 3:] > 0, frames, 0)
     if suffix == ".png":
-        frames, times = np.concatenate(frames, 1)[None], times[:1]
+        frames, times = np.concatenate(frames, 1)[None], [sum(times)]
     text = None if metadata is None else json.dumps(metadata)
     levels, fewest, limit = LEVELS[suffix], row.fewest if row else 2, 1000 * max_kb or math.inf
     steps = [1] + [2 ** i for i in range(1, 10) if len(frames[::2 ** i]) >= fewest]

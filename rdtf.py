@@ -941,7 +941,7 @@ class RDTF(nn.Module):
 
     @torch.no_grad()
     def mean(self, x0, noise, text, cond_mask, frame_mask):
-        """The one-step estimate of x_0 at the noisiest step (without `zero_snr` y_t still holds 0.068 y_0 there).
+        """The one-step estimate of x_0 at the noisiest step, whose y_t holds 0.068 y_0 (`zero_snr`: none).
         EV = 1 - its squared error / the guess's, over made frames, is above 0 where something was learnt."""
         guess, unit = self.guess(x0, cond_mask)
         t = torch.full((len(x0),), STEPS - 1, device=x0.device)
@@ -1008,8 +1008,8 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
 
     ddim: arXiv 2010.02502 eq. 12 with eta (the paper: 50 steps, eta 1.0, which is ancestral sampling). dpm:
     DPM-Solver++(2M), arXiv 2211.01095 algorithm 2, for few steps. noise: () -> tensor like y, for
-    eta > 0. abar: the model's, None = the paper's. The step before is the list's next entry, never t - T // n.
-    Nothing is clipped."""
+    eta > 0. abar: of the model, None = the paper's. The step before is the list's next entry, never
+    t - T // n. Nothing is clipped."""
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(SAMPLERS)}")
     noise = noise or (lambda: torch.randn_like(y))

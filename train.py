@@ -379,11 +379,11 @@ def save_checkpoint(path, data):
                         f"Make room on the disk and run the same command again")
 
 
-def check_config(path, old, new):
-    """DataError unless the Config of a file is that of this run; how it samples may differ."""
+def check_config(path, old, new, free=()):
+    """DataError unless the Config of a file is that of this run, but for how it samples and what is free."""
     for key, value in asdict(new).items():
         was = getattr(old, key)
-        if key not in ("sampler", "steps", "text_scale", "image_scale") and was != value:
+        if key not in ("sampler", "steps", "text_scale", "image_scale", *free) and was != value:
             raise DataError(f"{path}: made with {key} = {was}, this run has {value}; choose another "
                             "--out, or the --preset and flags it was made with")
 
@@ -552,7 +552,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
               "base": None}
     if args.init and not resumed:
         given = load_model(args.init)
-        check_config(args.init, given.cfg, cfg)
+        check_config(args.init, given.cfg, cfg, () if args.lora else ("zero_snr",))     # is learnt anew
         if given.vae.fingerprint() != static["vae_id"]:
             raise DataError(f"--init {args.init}: was trained with another autoencoder; leave --vae out")
         model.load_state_dict(given.model.state_dict())

@@ -525,6 +525,12 @@ def test_exports_are_half_precision_and_can_be_used(store, vae, plain, tmp_path,
     go(out, store, *flags)
     for name, value in load(out / "last.pt")["model"].items():
         assert torch.equal(value, small["model"][name].float()), name
+    # the noise schedule may be another one, but not below a LoRA
+    small["config"]["zero_snr"] = not small["config"].get("zero_snr", False)
+    torch.save(small, tmp_path / "other.pt")
+    go(tmp_path / "again", store, "--init", tmp_path / "other.pt", "--steps", 1)
+    lora = ["--data", str(store), "--init", str(tmp_path / "other.pt"), "--lora", "2"]
+    assert "made with zero_snr" in refused(lora, capsys)
     (tmp_path / "all.pt").rename(tmp_path / "moved.pt")
     go(out, store, "--vae", tmp_path / "moved.pt", "--lr", 0, "--steps", 2)     # resumed: not needed any more
     assert load(out / "last.pt")["step"] == 2
