@@ -89,8 +89,8 @@ class Config:
         return self.frames, self.latent_channels, self.size // self.f, self.size // self.f
 
 
-SMALL = dict(narrow=True, prediction="v", residual=True, inputs=True, clean=True, pooled_text=True,
-             sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
+SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
+             pooled_text=True, sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
@@ -941,11 +941,13 @@ class RDTF(nn.Module):
 
     @torch.no_grad()
     def mean(self, x0, noise, text, cond_mask, frame_mask):
-        """The one-step estimate of x_0 at the noisiest step, whose y_t holds 0.068 y_0 (`zero_snr`: none).
-        EV = 1 - its squared error / the guess's, over made frames, is above 0 where something was learnt."""
+        """What sampling in one step makes: the estimate of x_0 from noise alone, (b, t, c, h, w). x0 is read
+        where it is given. EV = 1 - its squared error / the guess's, over made frames, is above 0 where
+        something was learnt."""
         guess, unit = self.guess(x0, cond_mask)
+        y0 = torch.where(spread(cond_mask), (x0 - guess) / unit, 0)
         t = torch.full((len(x0),), STEPS - 1, device=x0.device)
-        y, a = self.noised((x0 - guess) / unit, noise, t, cond_mask)
+        y, a = self.noised(y0, noise, t, cond_mask)
         out = self.net(y, t, x0, self.text(text), cond_mask, frame_mask)
         return guess + unit * to_y0(out, y, a, self.cfg.prediction)
 

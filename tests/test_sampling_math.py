@@ -11,7 +11,7 @@ from rdtf import (RDTF, Config, alphas_cumprod, blend, denoiser, guess_frames, g
                   sample, target, timestep_embedding, to_y0)
 
 SMALL = dict(widths=(32, 32), layers=1, head_dim=16, context_dim=32, text_layers=1)
-OURS = dict(narrow=True, prediction="v", residual=True, inputs=True, clean=True, pooled_text=True)
+OURS = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True, pooled_text=True)
 VARIANTS = {"paper": {}, "v": dict(prediction="v"), "clean": dict(prediction="v", clean=True), "ours": OURS}
 SHAPE = (3, 8, 4, 8, 8)
 
@@ -155,6 +155,16 @@ def test_a_perfect_network_has_no_loss_and_all_of_the_motion(variant):
         for sampler, eta in (("dpm", 0.0), ("ddim", 0.0)):
             y = finish(sample(denoise, noise, 10, sampler, eta))
             assert torch.allclose(y[made], wanted[made], atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_mean_sees_nothing_of_the_truth(variant):
+    m, (x0, noise, given, real) = model(variant), clips()
+    tok, other = m.text.tokenize(["a", "b", ""]), torch.where(wide(given), x0, torch.randn_like(x0))
+    made = real & ~given
+    assert torch.equal(*(m.mean(x, noise, tok, given, real)[made] for x in (x0, other)))
+    far = torch.where(wide(given), x0 + 1, x0)
+    assert not torch.allclose(*(m.mean(x, noise, tok, given, real)[made] for x in (x0, far)), atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------------
