@@ -180,8 +180,8 @@ def i2v_adapter(model):
 
 @contextmanager
 def frame_similarity_prior():
-    """I2V-Adapter's start of sampling: where one frame is given, its latents in every frame, half of their
-    entries from a blurred copy, noised to the first step. Their blur covers 9 of 64 latents, so does ours."""
+    """I2V-Adapter's start of sampling: where one frame is given, its latents in every frame, half from a
+    blurred copy (9 of 64 latents, as theirs), noised to the first step: with `zero_snr` nothing is left."""
     denoiser, sample, clip = rdtf.denoiser, rdtf.sample, {}
 
     def note(model, text, negative, given, cond_mask, *rest):

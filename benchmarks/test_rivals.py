@@ -279,10 +279,11 @@ def test_customize_drops_its_absorbers(base):
         assert not torch.allclose(output(model.train()), output(base), atol=1e-3)
 
 
-def test_frame_similarity_prior(base, monkeypatch):
+def test_frame_similarity_prior(monkeypatch):
     """Where one frame is given the start is its latents, half of them blurred, noised; elsewhere noise."""
-    vae, starts = AutoencoderKL(SMALL).eval(), []
-    loaded = rdtf.Loaded(base.eval(), vae, SMALL, {})
+    cfg, starts = replace(SMALL, zero_snr=False), []
+    vae = AutoencoderKL(cfg).eval()
+    loaded = rdtf.Loaded(make_base(cfg=cfg).eval(), vae, cfg, {})
     monkeypatch.setattr(rdtf, "sample", lambda denoise, y, *rest: starts.append(y) or y)
     mask = torch.zeros(2, 8, dtype=torch.bool)
     mask[0, 0] = mask[1, 0] = mask[1, 4] = True
