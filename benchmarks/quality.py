@@ -414,11 +414,10 @@ def generate(model, clips, captions, mask, args, seeds):
 
 @torch.no_grad()
 def decode(vae, x, z, clips, mask):
-    """Latents x (n, t, c, h, w) of made frames, z of `clips` -> clips (n, t, h, w, 4), as sample.py does it."""
-    given = torch.from_numpy(mask).to(z.device)[None]
-    out = [rdtf.decode_clips(vae, x[i, None], z[i, None], to_torch(clips[i, None], z.device), given)[0]
-           for i in range(len(clips))]
-    return torch.stack(out).cpu().permute(0, 1, 3, 4, 2).numpy()
+    """Latents x (n, t, c, h, w) of made frames, z of `clips` -> clips (n, t, h, w, 4), as in sampling."""
+    given = torch.from_numpy(mask).to(z.device).expand(len(clips), -1)
+    made = rdtf.decode_clips(vae, x, z, to_torch(clips, z.device), given)
+    return made.cpu().permute(0, 1, 3, 4, 2).numpy()
 
 
 def to_uint8(clips):

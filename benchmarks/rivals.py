@@ -280,7 +280,7 @@ def spend(name, cfg, weights, minutes, out, args, tasks, measured=True):
     optimizer, lr = args.optimizer or STAGES[name].optimizer, args.lr or STAGES[name].lr
     flags = dict(data=args.data, out=out, vae=args.vae or args.base, steps=ladder.FOREVER, seed=args.seed,
                  tasks=tasks, temporal=cfg.temporal, batch_size=args.batch_size, optimizer=optimizer, lr=lr,
-                 weight_decay=0.01 if optimizer == "adamw" else 0.1,        # tiny's 0.1 is Muon's
+                 weight_decay=(train.LORA if optimizer == "adamw" else train.RECIPES["tiny"])["weight_decay"],
                  curriculum="none", eval_every=0, save_every=args.save_every)
     words = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
              for key, value in flags.items()]

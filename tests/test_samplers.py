@@ -81,13 +81,14 @@ def moments(sampler, n, eta, mu, s, schedule):
 
 # largest relative error of the std: what few steps cost (measured, rounded up). The mean is exact.
 @pytest.mark.parametrize("sampler, eta, n, tolerance", [
-    ("ddim", 0.0, 7, 0.39), ("ddim", 0.0, 50, 0.09), ("ddim", 0.0, 1000, 0.01), ("ddim", 0.5, 1000, 0.01),
-    ("ddim", 1.0, 50, 0.13), ("ddim", 1.0, 1000, 0.02), ("dpm", 0.0, 7, 0.36), ("dpm", 0.0, 50, 0.06),
+    ("ddim", 0.0, 7, 0.37), ("ddim", 0.0, 50, 0.09), ("ddim", 0.0, 1000, 0.01), ("ddim", 0.5, 1000, 0.01),
+    ("ddim", 1.0, 50, 0.13), ("ddim", 1.0, 1000, 0.02), ("dpm", 0.0, 7, 0.34), ("dpm", 0.0, 50, 0.05),
     ("dpm", 0.0, 1000, 0.003)])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_a_gaussian_keeps_its_mean_and_deviation(sampler, eta, n, tolerance, zero_snr):
     mu, s = 1.5, 0.4
     mean, std = moments(sampler, n, eta, mu, s, alphas_cumprod(zero_snr))
+    tolerance += 0.02 * (zero_snr and n <= 50)              # its first steps lie further apart in log-SNR
     assert abs(mean - mu) / s < 1e-3 and abs(std - s) / s < tolerance, (mean, std)
 
 

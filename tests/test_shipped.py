@@ -43,14 +43,15 @@ def test_frames_between_of_moving_characters_are_nearer_than_copies(tmp_path, mo
     ours, copies = 0.0, 0.0
     for path in (STICKERS / "characters" / f"{i:08d}.webp" for i in range(1, 7)):
         sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7"])
-        made, truth = (premultiply(read_sticker(p)[0][:7]).astype(float) / 255 for p in ("sticker.webp", path))
+        files = ("sticker.webp", path)
+        made, truth = (premultiply(read_sticker(p)[0][:7]).astype(float) / 255 for p in files)
         assert np.array_equal(made[::2], truth[::2])
         ours += ((made - truth)[1::2] ** 2).mean()
         copies += ((truth[0:6:2] - truth[1::2]) ** 2).mean()        # of the two neighbours the one before
     assert ours < 0.7 * copies                              # 1.5 dB
 
 
-@pytest.mark.parametrize("task, least", [("interpolate", 0.1), ("predict_post", 0.25)])
+@pytest.mark.parametrize("task, least", [("interpolate", 0.13), ("predict_post", 0.3)])
 def test_its_mean_knows_more_of_fluent_stickers_than_a_blend(task, least):
     """EV of 24 built-in ones; measured 0.17 and 0.34."""
     model, vae, cfg, _ = load_model(sample.SHIPPED)
