@@ -54,6 +54,7 @@ class Config:
     inputs: bool = False                  # the network reads that guess, both masks and the frame number
     clean: bool = False                   # given frames enter without noise and are left out of the loss
     pooled_text: bool = False             # the mean text token is added to the embedding of the noise step
+    film: bool = False                    # that embedding scales and shifts features; norms of >= 8 channels
     # text: a byte transformer trained with the network, unless text_dims names the widths of frozen encoders
     text_layers: int = 3
     text_bytes: int = 96
@@ -90,7 +91,7 @@ class Config:
 
 
 SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
-             pooled_text=True, sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
+             pooled_text=True, film=True, sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
@@ -116,21 +117,28 @@ def timestep_embedding(t, dim):
 
 
 class ResBlock(nn.Module):
-    """GN SiLU conv [+ time] GN SiLU conv, plus a skip (release: resnets); the autoencoder's has no time."""
+    """GN SiLU conv [+ time] GN SiLU conv, plus a skip (release: resnets); the autoencoder's has no time.
+    With `film` the time scales and shifts what the second norm gave (ours, after arXiv 2105.05233)."""
 
-    def __init__(self, c_in, c_out, time_dim=0, eps=1e-5):
+    def __init__(self, c_in, c_out, time_dim=0, eps=1e-5, film=False):
         super().__init__()
+        self.film = film
         self.norm1, self.conv1 = nn.GroupNorm(32, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(time_dim, c_out) if time_dim else None
+        self.time = nn.Linear(time_dim, (1 + film) * c_out) if time_dim else None
         self.norm2, self.conv2 = nn.GroupNorm(32, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb=None):                                         # emb: b d, after SiLU
         y = self.conv1(F.silu(self.norm1(x)))                               # (b t) c_out h w
         if self.time:
-            e = self.time(emb).to(y.dtype)                                  # b c_out
-            y = y + e.repeat_interleave(len(y) // len(e), 0)[:, :, None, None]
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
+            e = self.time(emb).to(y.dtype)                                  # b c_out, with film b 2c_out
+            e = e.repeat_interleave(len(y) // len(e), 0)[:, :, None, None]
+        if self.film:
+            shift, scale = e.chunk(2, 1)
+            y = torch.addcmul(shift, self.norm2(y), 1 + scale)
+        else:
+            y = self.norm2(y + e if self.time else y)
+        return self.conv_shortcut(x) + self.conv2(F.silu(y))
 
 
 def attend(q, k, v):
@@ -321,7 +329,7 @@ class Layer(nn.Module):
     def __init__(self, c_in, c_out, cfg, attention):
         super().__init__()
         heads = c_out // cfg.head_dim
-        self.res = ResBlock(c_in, c_out, 4 * cfg.widths[0])
+        self.res = ResBlock(c_in, c_out, 4 * cfg.widths[0], film=cfg.film)
         self.mix = MIXERS[cfg.temporal](c_out, cfg.frames, max(2, c_out // 32) if cfg.narrow else 8)
         self.spatial = self.temporal = None
         if attention:
@@ -483,6 +491,9 @@ class DFGN(nn.Module):
             scale = {"scale": upsample(w)} if i else {}
             self.up.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | scale))
         self.norm_out, self.conv_out = nn.GroupNorm(32, ws[0], eps=1e-5), nn.Conv2d(ws[0], c, 3, padding=1)
+        if cfg.film:  # a norm over one channel takes away what the step, a caption or a colour add to it
+            for m in [m for m in self.modules() if isinstance(m, nn.GroupNorm)]:
+                m.num_groups = min(m.num_groups, max(1, m.num_channels // 8))
         init_weights(self)
 
     def layers(self):

@@ -1,5 +1,7 @@
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # one thread a worker: more would wait for each other
 for folder in ("", "tests", "benchmarks"):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / folder))

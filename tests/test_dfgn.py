@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rdtf import DFGN, PRESETS, RDTF, STI, Config, TemporalConv, guess_frames, timestep_embedding
+from rdtf import (DFGN, PRESETS, RDTF, STI, Config, ResBlock, TemporalConv, guess_frames,
+                  timestep_embedding)
 from release import build, to_ours
 
 GOLDEN = Path(__file__).with_name("golden_dfgn.npz")
 SMALL = dict(latent_channels=4, widths=(32, 64), head_dim=16, context_dim=24, layers=1)
-OURS = dict(narrow=True, inputs=True, pooled_text=True)         # what the small presets add to the network
+OURS = dict(narrow=True, inputs=True, pooled_text=True, film=True)  # what the small presets add to the network
 VARIANTS = {"paper": {}, "conv3d": dict(temporal="conv3d"), "ours": OURS}
 
 
@@ -344,6 +345,19 @@ def test_inputs_tell_the_guess_both_masks_and_the_frame_number():
         before = net(x, t, cond, context, given, real)
         net.number.copy_(net.number[order])
         assert not torch.allclose(net(x, t, cond, context, given, real), before)
+
+
+def test_a_norm_over_one_channel_hides_the_step_and_film_does_not():
+    x, (a, b) = torch.randn(8, 32, 8, 8), torch.randn(2, 1, 16)
+    plain, film = ResBlock(32, 32, 16), ResBlock(32, 32, 16, film=True)
+    assert torch.allclose(plain(x, a), plain(x, b), atol=1e-4)              # 32 groups of 32 channels
+    assert (film(x, a) - film(x, b)).abs().mean() > 0.05
+
+    def channels(**settings):
+        norms = [m for m in DFGN(Config(**SMALL, **settings)).modules() if isinstance(m, torch.nn.GroupNorm)]
+        return {m.num_channels // m.num_groups for m in norms if m.num_groups > 1 or m.num_channels > 8}
+
+    assert min(channels()) == 1 and min(channels(film=True)) == 8
 
 
 def test_narrow_attention_is_as_wide_as_its_level():
