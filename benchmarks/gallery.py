@@ -4,7 +4,8 @@
 
 writes OUT.webp, which moves (a row per sticker: truth, from text, from image + text, predicted from its first
 half, every second frame given), and OUT.png, all frames of it. The stickers are the first --count of the
-fixed list of `quality.py`: nothing is picked by hand.
+fixed list of `quality.py`: nothing is picked by hand. With --lora FILE: the truth, from text without that
+LoRA and with it, and with it from image + text and from the first half.
 """
 import argparse
 import sys
@@ -21,18 +22,23 @@ COLUMNS = {"t2v": "text", "it2v": "image + text", "predict-post": "first half gi
 
 def gallery(args):
     model = rdtf.load_model(args.ckpt, args.device)
-    rows, captions = [], []
+    columns, rows, captions = [(label, model, mode) for mode, label in COLUMNS.items()], [], []
+    if args.lora:
+        tuned = rdtf.load_model(args.ckpt, args.device)
+        rdtf.load_lora(args.lora, tuned)
+        columns = [("text, before", model, "t2v"), *((label, tuned, mode) for label, _, mode in columns[:3])]
     for store in (args.data, *args.more):
         _, truth, words = quality.held_out(data.open_stickers(store, model.cfg.size), args.count, args.seed)
         clips, seeds = [truth], list(range(len(truth)))
-        for mode in COLUMNS:
-            clips.append(quality.generate(model, truth, words, quality.mode_of(mode)[0], args, seeds))
-        rows += [[quality.to_uint8(column[j]) for column in clips] for j in range(len(truth))]
+        for _, network, mode in columns:
+            clips.append(quality.generate(network, truth, words, quality.mode_of(mode)[0], args, seeds))
+        rows += [[quality.to_uint8(made[j]) for made in clips] for j in range(len(truth))]
         captions += words
     data.save_sheet(f"{args.out}.webp", rows, captions)
+    labels = [label for label, *_ in columns]
     data.save_sheet(f"{args.out}.png", [clip for row in rows for clip in row],
-                    [label for caption in captions for label in (caption, *COLUMNS.values())])
-    print(f"{args.out}.webp, {args.out}.png: rows {captions}; columns truth, {', '.join(COLUMNS.values())}")
+                    [label for caption in captions for label in (caption, *labels)])
+    print(f"{args.out}.webp, {args.out}.png: rows {captions}; columns truth, {', '.join(labels)}")
 
 
 def main(arguments=None):
@@ -41,6 +47,7 @@ def main(arguments=None):
     for flags in (quality.model_flags, quality.sampling_flags, quality.data_flags):
         flags(p)
     p.add_argument("--more", nargs="*", default=[], metavar="DATA", help="further sets: as many rows of each")
+    p.add_argument("--lora", default="", metavar="FILE", help="what train.py --lora exported beside --ckpt")
     p.add_argument("--out", required=True, help="file stem of the pictures")
     p.set_defaults(count=5)
     try:

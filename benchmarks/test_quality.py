@@ -304,8 +304,12 @@ def test_run_and_compare_end_to_end(toys, tmp_path, capsys):
     assert quality.main(["compare", str(tmp_path / "nothing.json"), str(paths[0])]) == 2
 
 
-def test_gallery_and_curriculum_plot(toys, tmp_path):
-    gallery.main(["--ckpt", "x", "--data", "toy", "--count", "2", "--out", str(tmp_path / "g")])
+def test_gallery_and_curriculum_plot(toys, tmp_path, monkeypatch, capsys):
+    flags, tuned = ["--ckpt", "x", "--data", "toy", "--count", "2", "--out", str(tmp_path / "g")], []
+    gallery.main(flags)
+    monkeypatch.setattr(rdtf, "load_lora", lambda path, model: tuned.append(path))
+    gallery.main([*flags, "--lora", "few.lora"])
+    assert tuned == ["few.lora"] and "truth, text, before, text, image + text" in capsys.readouterr().out
     lines = [{"stage": "main", "step": s, "mix": {"i2v": 0.25, "t2v": 0.75}} for s in (1, 2)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     curriculum_plot.main([str(tmp_path / "c.png"), str(tmp_path / "log.jsonl")])
