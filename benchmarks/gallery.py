@@ -47,7 +47,7 @@ def main(arguments=None):
     for flags in (quality.model_flags, quality.sampling_flags, quality.data_flags):
         flags(p)
     p.add_argument("--more", nargs="*", default=[], metavar="DATA", help="further sets: as many rows of each")
-    p.add_argument("--lora", default="", metavar="FILE", help="what train.py --lora exported beside --ckpt")
+    p.add_argument("--lora", default="", metavar="FILE", help="LoRA on top of --ckpt, from train.py --export")
     p.add_argument("--out", required=True, help="file stem of the pictures")
     p.set_defaults(count=5)
     try:

@@ -17,7 +17,7 @@ from release import build, to_ours
 
 GOLDEN = Path(__file__).with_name("golden_dfgn.npz")
 SMALL = dict(latent_channels=4, widths=(32, 64), head_dim=16, context_dim=24, layers=1)
-OURS = dict(narrow=True, inputs=True, pooled_text=True, film=True)  # what the small presets add to the network
+OURS = dict(narrow=True, inputs=True, pooled_text=True, film=True)     # what the small presets add
 VARIANTS = {"paper": {}, "conv3d": dict(temporal="conv3d"), "ours": OURS}
 
 
