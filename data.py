@@ -364,8 +364,10 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
         merged = [sum(times[i:i + step]) for i in range(0, len(frames), step)]
         return _encode(suffix, frames[::step], merged, level, text, loops, fewest > 2)
 
-    def fits(step, level):
-        return not max_kb or len(coded(step, level)) <= limit
+    @cache
+    def fits(step, level):     # lossless is slow: not even tried where every second frame is too much already
+        easy = level != levels[0] or 2 * step not in steps or fits(2 * step, level)
+        return not max_kb or easy and len(coded(step, level)) <= limit
 
     # All frames if some level allows it, else every second, fourth, ..; then the best level. A lossy level
     # is smaller than the one before; a lossless file may be smaller than a lossy one.
