@@ -5,7 +5,7 @@ clustering (Table 6), so neighbours in a clip differ by a jump, not by a tick. T
 stickers, finds those frames once, and keeps them in a memory-mapped store that training reads undecoded.
 
     python data.py prepare my_stickers --out cache/mine --size 64         # a store of pixels
-    python data.py prepare my_stickers --out cache/mine --size 128 --vae run/vae.pt      # ... of latents
+    python data.py prepare my_stickers --out cache/mine --size 128 --vae runs/vae/vae.pt     # ... of latents
     python data.py convert in.gif out.webp --size 512 --max-kb 500
     python data.py convert in.gif --for telegram                    # or whatsapp, signal, discord, line
     python data.py info out.webp                                    # what it is, and the command that made it
@@ -1007,7 +1007,7 @@ def one_line(name, work):
         work()
         return 0
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped at once; with the same command a run or a store goes on where it was",
+        print(f"\n{name}: stopped at once; the same command repeats it, a run or a store goes on where it was",
               file=sys.stderr)
         return 130
     except (DataError, ImportError, OSError, ValueError, RuntimeError) as error:
@@ -1015,7 +1015,7 @@ def one_line(name, work):
         if isinstance(error, RuntimeError) and not full:
             raise
         if isinstance(error, OSError) and error.filename and error.strerror:
-            message = f"{error.filename}: {error.strerror}; is there room, may you write there?"
+            message = f"{error.filename}: {error.strerror}; is there room, may you read and write it?"
     advice = "; lower --batch-size (train.py: and raise --accumulation, or add --checkpointing)" * full
     print(f"{name}: {message}{advice}", file=sys.stderr)
     return 2

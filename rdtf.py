@@ -15,9 +15,10 @@ tests/release.py maps onto ours; "ours" where both are silent. Measurements are 
 import hashlib
 import math
 import os
+import re
 import zlib
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,7 @@ class Config:
     prediction: str = "eps"               # what the output means: the noise (paper) or v
     zero_snr: bool = False                # the last noise step is noise alone (arXiv 2305.08891)
     residual: bool = False                # diffuse the difference to a guess from the given frames
-    inputs: bool = False                  # the network reads that guess, both masks and the frame number
+    inputs: bool = False                  # the network reads guess, unit, both masks and the frame number
     clean: bool = False                   # given frames enter without noise and are left out of the loss
     pooled_text: bool = False             # the mean text token is added to the embedding of the noise step
     film: bool = False                    # that embedding scales and shifts features; norms of >= 8 channels
@@ -368,20 +369,12 @@ class ConditionEncoder(nn.Module):
         return rearrange(x, "(b h w) t c -> (b t) c h w", h=h, w=w)
 
 
-def init_weights(root):
-    """How weights start: as in this table; all else as PyTorch does. (STI's 0 and 1 are the release's, which
-    says nothing of the rest.)"""
-    zeros = {  # the last layers of the network and of every residual branch, which starts as the identity
-        "ResBlock": ["conv2"], "SpatialTransformer": ["proj_out"], "TemporalTransformer": ["proj_out"],
-        "Detail": ["convs.1", "convs.3"], "TemporalConv": ["convs.3"], "DFGN": ["conv_out"]}
-    for m in root.modules():
-        ends = zeros.get(type(m).__name__, [])
-        if hasattr(m, "position"):                                          # the text transformer
-            nn.init.normal_(m.position, std=0.02)
-            ends = [f"blocks.{i}.{x}.out" for i in range(len(m.blocks)) for x in ("attn1", "attn2", "ff")]
-        for end in map(m.get_submodule, ends):
-            nn.init.zeros_(end.weight)
-            nn.init.zeros_(end.bias)
+def start_at_zero(root, names):
+    """The last layers of residual branches, which start as the identity: weights whose name has the regular
+    expression `names`. All else starts as PyTorch does, but STI's 0 and 1, which are the release's."""
+    for name, p in root.named_parameters():
+        if re.search(names, name):
+            nn.init.zeros_(p)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -494,7 +487,7 @@ class DFGN(nn.Module):
         if cfg.film:  # a norm over one channel takes away what the step, a caption or a colour add to it
             for m in [m for m in self.modules() if isinstance(m, nn.GroupNorm)]:
                 m.num_groups = min(m.num_groups, max(1, m.num_channels // 8))
-        init_weights(self)
+        start_at_zero(self, r"res\.conv2|proj_out|detail\.convs\.[13]|mix\.convs\.3|conv_out")
 
     def layers(self):
         """All layers in the order in which forward runs them."""
@@ -517,7 +510,7 @@ class DFGN(nn.Module):
         features = torch.cat([features, *(x.to(features.dtype) for x in extra)], 1)
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
         pooled = 0.0
-        if self.pool:                                                       # tokens past the end are zeros
+        if self.pool:                                                       # ByteText: past the end are zeros
             count = (context != 0).any(-1).sum(1, keepdim=True).clamp(min=1)
             pooled = self.pool(context.sum(1) / count)                      # b d
         return Condition(features, kv, pooled, frame_mask)
@@ -623,7 +616,8 @@ class ByteText(nn.Module):
         heads = max(1, d // 64)
         self.blocks = nn.ModuleList(TransformerBlock(d, heads, d // heads) for _ in range(cfg.text_layers))
         self.norm = nn.LayerNorm(d)
-        init_weights(self)
+        nn.init.normal_(self.position, std=0.02)
+        start_at_zero(self, r"blocks.*\.out\.")
 
     def tokenize(self, captions):
         """list of b strings -> (b, n, 2) int16 on the CPU: bytes and rows of `words`, zeros past the end."""
@@ -724,11 +718,6 @@ class VAEAttention(nn.Module):
         return x + self.to_out[0](y).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def vae_downsample(c):
-    """Halves the map; pads on the right and below only, as LDM does."""
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
-
-
 class VAEBlock(nn.Module):
     """ResBlocks; the middle may have attention after its first one, a level ends in a change of scale."""
 
@@ -737,7 +726,8 @@ class VAEBlock(nn.Module):
         blocks = (ResBlock(c_in if j == 0 else c_out, c_out, eps=1e-6) for j in range(layers))
         self.resnets = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList([VAEAttention(c_out)] if attention else [])
-        self.downsamplers = nn.ModuleList([vae_downsample(c_out)] if scale == "down" else [])
+        half = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2))
+        self.downsamplers = nn.ModuleList([nn.Sequential(half)] if scale == "down" else [])   # pads as LDM
         self.upsamplers = nn.ModuleList([upsample(c_out)] if scale == "up" else [])
 
     def forward(self, x):
@@ -778,9 +768,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.settings = {k: v for k, v in asdict(cfg).items() if k.startswith("vae_")}
-        self.f, self.patch = cfg.f, cfg.vae_patch
-        self.channels, self.latent_channels = cfg.vae_channels, cfg.latent_channels
+        self.cfg, self.f = cfg, cfg.f
         c, ws, layers, attention = cfg.latent_channels, cfg.vae_widths, cfg.vae_layers, cfg.vae_attention
         patch = cfg.vae_channels * cfg.vae_patch ** 2
         self.encoder = VAEHalf(patch, 2 * c, ws, layers, attention, "down")
@@ -791,16 +779,16 @@ class AutoencoderKL(nn.Module):
 
     def moments(self, x):
         """Pictures -> raw posterior mean and log-variance, each (n, c, h/f, w/f)."""
-        if self.channels == 3:
+        if self.cfg.vae_channels == 3:
             x = x[:, :3] + (1 - x[:, 3:])                                   # on white
-        x = F.pixel_unshuffle(2 * x - 1, self.patch)                        # n c*p^2 H/p W/p
+        x = F.pixel_unshuffle(2 * x - 1, self.cfg.vae_patch)                # n c*p^2 H/p W/p
         mean, logvar = self.quant_conv(self.encoder(x)).float().chunk(2, 1)  # each n c h w
         return mean, logvar.clamp(-30, 20)
 
     def decode_raw(self, z):
         """Raw latents -> pictures, not clamped (the loss wants the overshoot)."""
-        y = (F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.patch) + 1) / 2
-        return y if self.channels == 4 else torch.cat([y, torch.ones_like(y[:, :1])], 1)
+        y = (F.pixel_shuffle(self.decoder(self.post_quant_conv(z)).float(), self.cfg.vae_patch) + 1) / 2
+        return y if self.cfg.vae_channels == 4 else torch.cat([y, torch.ones_like(y[:, :1])], 1)
 
     def encode(self, x):
         """Pictures -> normalised latents (the posterior mean: stores must be deterministic)."""
@@ -811,7 +799,7 @@ class AutoencoderKL(nn.Module):
         return premultiplied(self.decode_raw(z * self.std[:, None, None] + self.mean[:, None, None]))
 
     def fingerprint(self):
-        return fingerprint(self)
+        return fingerprint(self.state_dict())
 
 
 def premultiplied(x):
@@ -820,18 +808,18 @@ def premultiplied(x):
     return torch.cat([torch.minimum(colour, alpha), alpha], -3)
 
 
-def fingerprint(module):
-    """A short hash of a module's weights in half precision, so that an exported checkpoint has the same one.
-    Stores of latents fit one autoencoder only, and LoRA's weights one model."""
+def fingerprint(weights):
+    """A short hash of a state dict in half precision, so that an exported checkpoint has the same one. Stores
+    of latents fit one autoencoder only, and LoRA's weights one model."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(weights.items()):
         digest.update(name.encode() + value.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def reason(e):
-    """An exception -> the first line of what it says."""
-    return (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+    """An exception -> what it says, on one line."""
+    return (" ".join(str(e).split()) or type(e).__name__)[:120]
 
 
 def read_weights(path):
@@ -867,7 +855,7 @@ def load_vae(path):
                     name = name.replace(f"attentions.0.{a}.", f"attentions.0.{b}.")
                 is_linear = ".attentions.0.to_" in name and value.ndim == 4  # 1x1 convs in LDM's own files
                 state[name] = value[:, :, 0, 0] if is_linear else value
-            c = vae.latent_channels
+            c = vae.cfg.latent_channels
             state.update(mean=torch.zeros(c), std=torch.full((c,), 1 / 0.18215))
         vae.load_state_dict({k: v.float() for k, v in state.items()})
     except Exception as e:
@@ -955,12 +943,8 @@ class RDTF(nn.Module):
         """What sampling in one step makes: the estimate of x_0 from noise alone, (b, t, c, h, w). x0 is read
         where it is given. EV = 1 - its squared error / the guess's, over made frames, is above 0 where
         something was learnt."""
-        guess, unit = self.guess(x0, cond_mask)
-        y0 = torch.where(spread(cond_mask), (x0 - guess) / unit, 0)
-        t = torch.full((len(x0),), STEPS - 1, device=x0.device)
-        y, a = self.noised(y0, noise, t, cond_mask)
-        out = self.net(y, t, x0, self.text(text), cond_mask, frame_mask)
-        return guess + unit * to_y0(out, y, a, self.cfg.prediction)
+        denoise, finish = denoiser(self, text, text, x0, cond_mask, frame_mask, 1.0, 1.0, noise)
+        return finish(denoise(noise, torch.full((len(x0),), STEPS - 1, device=x0.device)))
 
 
 def guidance_weights(text_scale, image_scale, has_text, has_image):
@@ -988,11 +972,10 @@ def denoiser(model, text, negative, given, cond_mask, frame_mask, text_scale, im
     guess, unit = model.guess(given, cond_mask)
     weights = guidance_weights(text_scale, image_scale, has_text, bool(cond_mask.any()))
     n, b, keys = len(weights), len(given), list(weights)
-    tokens = {k: model.text(text if k else negative) for k in {key[0] for key in keys}}
+    states = {k: model.text(text if k else negative) for k in {key[0] for key in keys}}
     masks = torch.cat([cond_mask if image else torch.zeros_like(cond_mask) for _, image in keys])
-    real = None if bool(frame_mask.all()) else frame_mask.repeat(n, 1)
-    condition = model.net.condition(given.repeat(n, 1, 1, 1, 1), torch.cat([tokens[k] for k, _ in keys]),
-                                    masks, real)
+    condition = model.net.condition(given.repeat(n, 1, 1, 1, 1), torch.cat([states[k] for k, _ in keys]),
+                                    masks, frame_mask.repeat(n, 1))
     w = torch.tensor([weights[k] for k in keys], device=given.device).view(n, 1, 1, 1, 1, 1)
     given_y0 = torch.zeros_like(given) if model.cfg.residual else given
 
@@ -1013,7 +996,7 @@ def timesteps(n):
     return [round(STEPS * (n - i) / n) - 1 for i in range(n)]
 
 
-SAMPLERS = ("ddim", "dpm")
+SAMPLERS = {"ddim": 50, "dpm": 8}         # and the steps of one that is not the checkpoint's own
 
 
 def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=None, abar=None):
@@ -1055,6 +1038,7 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
 # A model ready to use
 
 FORMAT = 2                                # of checkpoints
+SHIPPED = Path(__file__).parent / "weights" / "stickers-64.pt"
 
 
 def find_device(name):
@@ -1070,19 +1054,15 @@ def find_device(name):
 
 
 @lru_cache
-def cpu_has_bf16():
-    """An EPYC with bf16 instructions is four times as fast in them as in fp32, a Xeon that has them but no
-    AMX half as fast; emulated they never pay (benchmarks/README.md). No stopwatch: one answer for a run."""
-    cpu = Path("/proc/cpuinfo")                                             # where there is none: fp32
-    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
-    return torch.cpu._is_amx_tile_supported() or amd and torch.cpu._is_avx512_bf16_supported()
-
-
 def has_bf16(device):
-    """Is bf16 arithmetic faster than fp32 on this torch.device?"""
+    """Is bf16 arithmetic faster than fp32 on this torch.device? An EPYC with bf16 instructions is four times
+    as fast in them, a Xeon that has them but no AMX half as fast; emulated they never pay
+    (benchmarks/README.md). No stopwatch: one answer for a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return device.type == "cpu" and cpu_has_bf16()
+    cpu = Path("/proc/cpuinfo")                                             # where there is none: fp32
+    amd = cpu.exists() and "AuthenticAMD" in cpu.read_text() and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and (amd or torch.cpu._is_amx_tile_supported())
 
 
 class Loaded(NamedTuple):
@@ -1113,8 +1093,7 @@ def load_model(path, device="cpu"):
         merge_lora(model, lora)
         vae.load_state_dict({k: v.float() for k, v in data["vae"].items()})
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        message = " ".join(str(e).split())[:120]
-        raise ValueError(f"{path}: damaged, or of another version of rdtf ({message})") from None
+        raise ValueError(f"{path}: damaged, or of another version of rdtf ({reason(e)})") from None
     # weights stay trainable: autocast keeps its bf16 copies of a step for the next one only then
     return Loaded(model.to(device).eval(), vae.to(device).eval(), cfg,
                   {k: data.get(k) for k in ("step", "fingerprint", "vae_id")})
@@ -1127,7 +1106,7 @@ def load_lora(path, loaded):
     about = data if isinstance(data, dict) else {}
     if about.get("format") != FORMAT or about.get("stage") != "lora" or "lora" not in about:
         raise ValueError(f"{path}: no LoRA of this version of rdtf; write one with train.py --lora, --export")
-    if about.get("base") != fingerprint(loaded.model):
+    if about.get("base") != fingerprint(loaded.model.state_dict()):
         raise ValueError(f"{path}: trained on top of another checkpoint; give that one with --ckpt")
     merge_lora(loaded.model, to_device(about["lora"], loaded.vae.mean.device))
 

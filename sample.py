@@ -27,20 +27,12 @@ import torch
 from tqdm import tqdm
 
 from curriculum import make_masks
-from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, one_line, read_sticker, save_sheet,
-                  to_straight, told, unpremultiply, wanted_path, write_sticker)
-from rdtf import SAMPLERS, find_device, load_lora, load_model, sample_clips
+from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, one_line, premultiply, read_sticker,
+                  save_sheet, to_straight, told, unpremultiply, wanted_path, write_sticker)
+from rdtf import SAMPLERS, SHIPPED, find_device, load_lora, load_model, sample_clips
 
-HERE = Path(__file__).parent
-SHIPPED = HERE / "weights" / "stickers-64.pt"
-BUILT_IN = HERE / "stickers" / "fluent" / "1f436.webp", "dog face"          # where --input is missing
+BUILT_IN = Path(__file__).parent / "stickers" / "fluent" / "1f436.webp", "dog face"       # without --input
 DURATION = 125                           # ms per frame where the input has no times
-STEPS = {"ddim": 50, "dpm": 8}           # of a sampler that is not the checkpoint's own
-
-
-def to_premultiplied(frames, size):
-    """(t, h, w, 4) straight RGBA uint8 of any size -> (t, 4, size, size) premultiplied float in [0, 1]."""
-    return torch.from_numpy(fit_frames(frames, size)).permute(0, 3, 1, 2).float() / 255
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -293,7 +285,7 @@ def settle(args, cfg):
     if len(args.text.encode()) > cfg.text_bytes and not cfg.text_dims:
         print(f"--text: only its first {cfg.text_bytes} bytes are read", file=sys.stderr)
     args.sampler = args.sampler or cfg.sampler
-    args.steps = args.steps or (cfg.steps if args.sampler == cfg.sampler else STEPS[args.sampler])
+    args.steps = args.steps or (cfg.steps if args.sampler == cfg.sampler else SAMPLERS[args.sampler])
     if args.eta is not None and args.sampler != "ddim":
         raise DataError(f"--eta with --sampler {args.sampler}: remove it")
 
@@ -317,7 +309,7 @@ def run(args, command):
     cfg, F = loaded.cfg, loaded.cfg.frames
     settle(args, cfg)
     straight, times = load_given(args, cfg.size)
-    given = to_premultiplied(straight, cfg.size) if len(straight) else torch.zeros(0, 4, cfg.size, cfg.size)
+    given = torch.from_numpy(premultiply(straight)).permute(0, 3, 1, 2).float() / 255     # m 4 size size
     mode, windows = MODES[args.mode], []
 
     def count(frames, cond, real):

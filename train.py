@@ -39,12 +39,11 @@ from tqdm import tqdm
 from curriculum import TASKS, Curriculum, make_masks
 from data import (DataError, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
                   write_sticker)
-from rdtf import (FORMAT, PRESETS, RDTF, AutoencoderKL, Config, FrozenText, Loaded, add_lora,
+from rdtf import (FORMAT, PRESETS, RDTF, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded, add_lora,
                   alphas_cumprod, drop_words, find_device, fingerprint, guess_frames, has_bf16, load_model,
                   load_vae, read_weights, reason, sample_clips, to_device)
 
 HERE = Path(__file__).parent
-SHIPPED = HERE / "weights" / "stickers-64.pt"
 LOG_SNR = torch.logit(alphas_cumprod()).numpy()                             # of a noise step, falling
 BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent:0.2")]
 SMALL = dict(accumulation=1, optimizer="muon", lr=0.01, weight_decay=0.1, schedule="cosine", full=0.7,
@@ -283,9 +282,7 @@ def orthogonal(m, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest).
     Every update has the same size, so weights grow until the decay balances it, and what was learnt fades
-    within 1 / (lr weight_decay) updates. A decay of 0.01 let spectral norms reach 8 and the gradients explode
-    after 1,400 updates; with 0.5 a run at 0.01 remembers 200 and learns little more (benchmarks/README.md).
-    """
+    within 1 / (lr weight_decay) updates: benchmarks/README.md says what too little and too much of it do."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -313,15 +310,15 @@ def make_optimizers(module, kind, weight_decay):
     STI's small parts, at a tenth of the rate and without decay."""
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     ends = ("conv_in.", "conv_out.", "embed.", "words.", "position", "number", ".detail.")
-    hidden = {n for n, p in params.items()
+    hidden = {n: p for n, p in params.items()
               if kind == "muon" and p.ndim > 1 and not any(x in "." + n for x in ends)}
-    matrices = [p for n, p in params.items() if n in hidden]
     rest = [p for n, p in params.items() if n not in hidden]
     share, decay = (0.1, 0.0) if hidden else (1.0, weight_decay)
     adamw = torch.optim.AdamW([{"params": rest, "share": share}], lr=0.0, betas=(0.9, 0.999),
                               weight_decay=decay, fused=rest[0].device.type != "mps")
-    muon = [Muon([{"params": matrices, "share": 1.0}], 0.0, weight_decay=weight_decay)] if hidden else []
-    return muon + [adamw]
+    if not hidden:
+        return [adamw]
+    return [Muon([{"params": list(hidden.values()), "share": 1.0}], 0.0, weight_decay=weight_decay), adamw]
 
 
 def learning_rate(step, peak, warmup, schedule, steps):
@@ -352,7 +349,7 @@ def update_weights(optimizers, lr, params, ema, decay, step, grad_clip):
 def watch(loss, bad, step, path, args):
     """-> how many losses in a row were not finite; DataError if there were too many."""
     bad = 0 if math.isfinite(loss) else bad + 1
-    if bad >= args.patience:
+    if bad >= args.patience or bad and step == args.steps:
         raise DataError(f"the loss was not finite for the last {bad} updates, up to {step}; {path} was not "
                         f"touched since. Lower --lr or try --precision fp32")
     return bad
@@ -384,8 +381,8 @@ def check_config(path, old, new, free=()):
     for key, value in asdict(new).items():
         was = getattr(old, key)
         if key not in ("sampler", "steps", "text_scale", "image_scale", *free) and was != value:
-            raise DataError(f"{path}: made with {key} = {was}, this run has {value}; choose another "
-                            "--out, or the --preset and flags it was made with")
+            raise DataError(f"{path}: made with {key} = {was}, this run has {value}; take the --preset and "
+                            "flags it was made with, or another file or --out")
 
 
 def load_checkpoint(path, stage, cfg=None):
@@ -548,8 +545,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     writes, resumed = ctx.main and not args.dry_run, path.exists() and not args.dry_run
     static = {"format": FORMAT, "stage": "main", "config": asdict(cfg), "args": vars(args),
               "fingerprint": stickers.meta["fingerprint"], "text_encoder": getattr(model.text, "paths", []),
-              "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.fingerprint(),
-              "base": None}
+              "vae": {k: v.cpu() for k, v in vae.state_dict().items()}, "vae_id": vae.fingerprint()}
     if args.init and not resumed:
         given = load_model(args.init)
         check_config(args.init, given.cfg, cfg, () if args.lora else ("zero_snr",))     # is learnt anew
@@ -558,7 +554,6 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         model.load_state_dict(given.model.state_dict())
         del given
     if args.lora:
-        static["base"] = None if resumed else fingerprint(model)
         add_lora(model, args.lora)
     model.to(device).train()
     average = copy.deepcopy(model).eval()                                   # has the averaged weights
@@ -577,7 +572,6 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         if saved["fingerprint"] != static["fingerprint"] and ctx.main:
             print(f"note: the data changed since {path} was written; the run goes on with what is there now")
         now, history = restore(saved, path, model, average, optimizers), saved["curriculum"]
-        static["base"] = saved.get("base")
         del saved                                                           # a second copy of everything
     if ctx.world > 1:
         starts = [None] * ctx.world
@@ -705,11 +699,10 @@ def open_vae(args, cfg):
         raise DataError(f"--preset {args.preset} has no autoencoder of its own here: add --vae FILE, Stable "
                         f"Diffusion's for paper, else one that stickers/vae.py trained")
     vae = load_vae(args.vae) if args.vae else AutoencoderKL(cfg).eval().requires_grad_(False)
-    if (vae.f, vae.latent_channels) != (cfg.f, cfg.latent_channels):
-        raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.latent_channels} channels, preset "
+    if (vae.f, vae.cfg.latent_channels) != (cfg.f, cfg.latent_channels):
+        raise DataError(f"--vae {args.vae}: f = {vae.f} with {vae.cfg.latent_channels} channels, preset "
                         f"{args.preset} needs f = {cfg.f} with {cfg.latent_channels}")
-    for key, value in vae.settings.items():
-        setattr(cfg, key, value)
+    vars(cfg).update({k: v for k, v in vars(vae.cfg).items() if k.startswith("vae_")})
     return vae
 
 
@@ -769,12 +762,13 @@ def export(args):
     path = Path(args.out or f"runs/{args.preset}", "last.pt")
     if not path.exists():
         raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")
+    if args.export.endswith(".safetensors"):
+        raise DataError(f"--export {args.export}: writes a PyTorch file; end it in .pt")
     data = load_checkpoint(path, "main")
     kept = ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")
     small, weights = {k: data[k] for k in kept}, {k: v.half() for k, v in data["ema"].items()}
-    if data.get("base"):                                                    # of --lora: what it added, alone
-        lora = {k: v for k, v in weights.items() if ".lora_" in k}
-        small.update(stage="lora", base=data["base"], lora=lora)
+    if lora := {k: weights.pop(k) for k in list(weights) if ".lora_" in k}:      # what it added, alone
+        small.update(stage="lora", lora=lora, base=fingerprint(weights))
     else:
         small.update(ema={}, model=weights, vae={k: v.half() for k, v in data["vae"].items()})
     Path(args.export).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from data import draw_clip, open_stickers, premultiply, read_sticker
 from rdtf import guess_frames, load_model
 
 pytestmark = pytest.mark.skipif(not sample.SHIPPED.exists(), reason=f"{sample.SHIPPED.name} is not there")
-STICKERS = sample.HERE / "stickers"
+STICKERS = sample.BUILT_IN[0].parents[1]
 
 
 def test_it_is_small_and_brings_the_autoencoder_of_new_runs():

@@ -45,7 +45,7 @@ def test_encodes_and_decodes_as_diffusers(theirs, tmp_path):
     alpha, colour = torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32, 32)
     rgba = torch.cat([colour * alpha, alpha], 1)            # premultiplied; SD sees it on white, in [-1, 1]
     ours = load(theirs.state_dict(), tmp_path / "vae.safetensors")
-    assert (ours.f, ours.latent_channels, ours.training) == (8, 4, False)
+    assert (ours.f, ours.cfg.latent_channels, ours.training) == (8, 4, False)
     with torch.no_grad():
         latents = theirs.encode(2 * (colour * alpha + 1 - alpha) - 1).latent_dist.mean * SCALE
         assert latents.std() > 1e-2 and latents.shape == (2, 4, 4, 4)
