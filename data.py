@@ -577,12 +577,11 @@ def _entropy(frames):
     return max(Image.fromarray(x).entropy() for x in grey.clip(0, 255).astype(np.uint8))
 
 
-def decode_item(path, size, most, filters=FILTERS):
-    """Reads and checks one file -> ("ok", Decoded), or one of "unreadable" and FILTERS, and why."""
+def decode_frames(pairs, size, most, filters=FILTERS):
+    """(PIL RGBA image, ms) of each frame -> ("ok", Decoded), or one of "unreadable" and FILTERS, and why."""
     fitted, duration = [], 0
-    warnings.filterwarnings("ignore", module="PIL")      # about files that read well all the same
     try:
-        for frame, ms in iter_frames(path):
+        for frame, ms in pairs:
             w, h = frame.size
             if "small" in filters and min(w, h) < MIN_SIDE:
                 return "small", f"{w}x{h}, under {MIN_SIDE} pixels"
@@ -593,11 +592,20 @@ def decode_item(path, size, most, filters=FILTERS):
             fitted.append(fit(frame, size))     # at once: a full-size frame is never kept
             duration += ms
     except DataError as error:
-        return "unreadable", str(error).removeprefix(f"{path}: ").removesuffix("; replace or delete it")
+        return "unreadable", str(error)
     decoded = keep_keyframes(np.stack(fitted), duration, most)
     if "entropy" in filters and _entropy(decoded.frames) < MIN_ENTROPY:
         return "entropy", f"under {MIN_ENTROPY} bits: nearly empty or one flat colour"
     return "ok", decoded
+
+
+def decode_item(path, size, most, filters=FILTERS):
+    """`decode_frames` of a file."""
+    warnings.filterwarnings("ignore", module="PIL")      # about files that read well all the same
+    reason, found = decode_frames(iter_frames(path), size, most, filters)
+    if reason == "unreadable":
+        found = found.removeprefix(f"{path}: ").removesuffix("; replace or delete it")
+    return reason, found
 
 
 def serve(work):

@@ -18,14 +18,12 @@ import sys
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (  # noqa: E402
-    FILTERS, IMAGES, MAX_ASPECT, MAX_FRAMES, MAX_PIXELS, MIN_ENTROPY, MIN_SIDE, SHARD, DataError, Item,
-    _entropy, encode_frames, fit, in_order, is_held_out, keep_keyframes, make_meta, make_store,
-    number, one_line, pack, report, sort_out, write_store)
+    FILTERS, IMAGES, MAX_FRAMES, MAX_PIXELS, SHARD, DataError, Item, decode_frames, encode_frames, in_order,
+    is_held_out, make_meta, make_store, number, one_line, pack, report, sort_out, write_store)
 
 FRAME_MS = 125
 
@@ -64,41 +62,27 @@ def read_labels(path, hold_out):
 
 
 def read_frames(frames, md5, count):
-    """Yields the PIL RGBA frames of a sticker; ValueError if one is missing or broken."""
+    """Yields (PIL RGBA image, ms) of each frame of a sticker; DataError if one is missing or broken."""
+    if not 1 <= count <= MAX_FRAMES:
+        raise DataError(f"{count} frames")
     first = 0 if frames.get(f"{md5}_0".encode()) else 1
     for i in range(first, first + count):
         data = frames.get(f"{md5}_{i}".encode())
         if not data:
-            raise ValueError(f"no frame {md5}_{i}")
+            raise DataError(f"no frame {md5}_{i}")
         try:
             with Image.open(io.BytesIO(data), formats=IMAGES) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise ValueError(f"{image.width}x{image.height} pixels, too many")
-                yield image.convert("RGBA")
+                yield image.convert("RGBA"), FRAME_MS
         except Exception as error:                                          # broken bytes raise anything
-            raise ValueError(f"frame {i}: {' '.join(str(error).split())[:100]}") from error
+            raise DataError(f"frame {i}: {' '.join(str(error).split())[:100]}") from error
 
 
 def decode_label(label, path, size, most, filters):
     """A line of `read_labels` -> what `data.decode_item` makes of a file."""
     (_, md5, *_), count = label
-    fitted = []
-    try:
-        if not 1 <= count <= MAX_FRAMES:
-            return "unreadable", f"{count} frames"
-        for frame in read_frames(database(path), md5, count):
-            w, h = frame.size
-            if "small" in filters and min(w, h) < MIN_SIDE:
-                return "small", f"{w}x{h}, under {MIN_SIDE} pixels"
-            if "aspect" in filters and max(w, h) > MAX_ASPECT * min(w, h):
-                return "aspect", f"{w}x{h}, over {MAX_ASPECT:g} to 1"
-            fitted.append(fit(frame, size))                                 # a full-size frame is never kept
-    except ValueError as error:
-        return "unreadable", str(error)
-    decoded = keep_keyframes(np.stack(fitted), FRAME_MS * count, most)
-    if "entropy" in filters and _entropy(decoded.frames) < MIN_ENTROPY:
-        return "entropy", f"under {MIN_ENTROPY} bits: empty or one flat colour"
-    return "ok", decoded
+    return decode_frames(read_frames(database(path), md5, count), size, most, filters)
 
 
 def vsd2m(labels, path, out, size, vae=None, workers=0, filters=FILTERS, hold_out=0.05, max_bad=0.1, most=8):
