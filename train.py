@@ -57,7 +57,7 @@ RECIPES = {  # what the flags of a preset default to
                   full=0.0, tasks=",".join(TASKS), word_drop=0.2, noise_levels="uniform", steps=50_000,
                   batch_size=1, ema=0.9999, warmup=0),
 }
-LORA = dict(optimizer="adamw", lr=2e-3, weight_decay=0.01)                  # what changes in them with --lora
+LORA = dict(optimizer="adamw", lr=5e-3, weight_decay=0.01)                  # what changes in them with --lora
 
 
 def parser():

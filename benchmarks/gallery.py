@@ -4,8 +4,8 @@
 
 writes OUT.webp, which moves (a row per sticker: truth, from text, from image + text, predicted from its first
 half, every second frame given), and OUT.png, all frames of it. The stickers are the first --count of the
-fixed list of `quality.py`: nothing is picked by hand. With --lora FILE: the truth, from text without that
-LoRA and with it, and with it from image + text and from the first half.
+fixed list of `quality.py`: nothing is picked by hand. With --lora FILE: of the stickers it was trained on the
+truth, from text without that LoRA and with it, and with it from image + text and from the first half.
 """
 import argparse
 import sys
@@ -28,7 +28,8 @@ def gallery(args):
         rdtf.load_lora(args.lora, tuned)
         columns = [("text, before", model, "t2v"), *((label, tuned, mode) for label, _, mode in columns[:3])]
     for store in (args.data, *args.more):
-        _, truth, words = quality.held_out(data.open_stickers(store, model.cfg.size), args.count, args.seed)
+        stickers, split = data.open_stickers(store, model.cfg.size), "train" if args.lora else "held_out"
+        _, truth, words = quality.first_of(stickers, split, args.count, args.seed)
         clips, seeds = [truth], list(range(len(truth)))
         for _, network, mode in columns:
             clips.append(quality.generate(network, truth, words, quality.mode_of(mode)[0], args, seeds))

@@ -337,13 +337,18 @@ def clips_of(stickers, items):
     return np.stack(clips).transpose(0, 1, 3, 4, 2) / np.float32(255)
 
 
-def held_out(stickers, count, seed=0):
-    """-> up to `count` held-out stickers that move, their clips and captions. DataError below 8."""
-    items = choose(stickers, "held_out", count, np.random.default_rng(seed))
+def first_of(stickers, split, count, seed=0):
+    """-> up to `count` stickers of a split that move, their clips and captions. DataError below 8."""
+    items = choose(stickers, split, count, np.random.default_rng(seed))
     if len(items) < min(8, count):
-        raise DataError(f"--data: {len(items)} held-out stickers of 8 distinct frames; at least "
+        raise DataError(f"--data: {len(items)} stickers ({split}) of 8 distinct frames; at least "
                         f"{min(8, count)} are needed")
     return items, clips_of(stickers, items), [caption_of(stickers, i) for i in items]
+
+
+def held_out(stickers, count, seed=0):
+    """`first_of` the held-out ones."""
+    return first_of(stickers, "held_out", count, seed)
 
 
 def make_plan(stickers, count, seed):
