@@ -5,8 +5,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 import pytest
+import rivals  # first: it says where rdtf.py is
+
 import rdtf
-import rivals
 import torch
 import train
 from rdtf import RDTF, AutoencoderKL, Config, SpatialTransformer, TemporalTransformer, add_lora, merge_lora
@@ -313,7 +314,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     vae = AutoencoderKL(ONE_LEVEL)
     train.save_checkpoint(path / "last.pt", {
-        "format": rdtf.FORMAT, "stage": "main", "config": rdtf.asdict(ONE_LEVEL), "step": 7, "ema": {},
+        "format": rdtf.FORMAT, "stage": "main", "config": rivals.asdict(ONE_LEVEL), "step": 7, "ema": {},
         "vae": vae.state_dict(), "vae_id": vae.fingerprint(), "model": make_base(cfg=ONE_LEVEL).state_dict()})
     (path / "clock.jsonl").write_text('{"step": 7, "seconds": 90}\n')
     return path
