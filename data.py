@@ -1015,7 +1015,7 @@ def one_line(name, work):
         work()
         return 0
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped at once; the same command repeats it, a run or a store goes on where it was",
+        print(f"\n{name}: stopped at once; repeat the command, a run or a store goes on where it was",
               file=sys.stderr)
         return 130
     except (DataError, ImportError, OSError, ValueError, RuntimeError) as error:
