@@ -56,6 +56,8 @@ class Config:
     clean: bool = False                   # given frames enter without noise and are left out of the loss
     pooled_text: bool = False             # the mean text token is added to the embedding of the noise step
     film: bool = False                    # that embedding scales and shifts features; norms of >= 8 channels
+    draft: bool = False                   # the mean text token draws a clip, which the network reads
+    bypass: bool = False                  # what enters also reaches the exit directly, around all norms
     # text: a byte transformer trained with the network, unless text_dims names the widths of frozen encoders
     text_layers: int = 3
     text_bytes: int = 96
@@ -92,7 +94,8 @@ class Config:
 
 
 SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
-             pooled_text=True, film=True, sampler="dpm", steps=8, text_scale=2.0, image_scale=1.0)
+             pooled_text=True, film=True, draft=True, bypass=True, sampler="dpm", steps=8, text_scale=2.0,
+             image_scale=1.0)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
@@ -104,6 +107,24 @@ PRESETS = {
                   text_dims=(1024, 768), vae_channels=3, vae_patch=1, vae_widths=(128, 256, 512, 512),
                   vae_layers=2, vae_attention=True),
 }
+
+# ------------------------------------------------------------------------------------------------------------
+# The noise schedule
+
+STEPS = 1000
+
+
+def alphas_cumprod(zero_snr=False):
+    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta) (LDM code calls this "linear").
+
+    Its last step still holds 0.068 y_0, which sampling cannot start from. zero_snr: sqrt(abar) is moved and
+    stretched so that it ends at 0 and begins where it did (arXiv 2305.08891, algorithm 1)."""
+    betas = np.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, STEPS, dtype=np.float64) ** 2
+    root = np.cumprod(1 - betas) ** 0.5
+    if zero_snr:
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return torch.from_numpy(root ** 2).float()
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Layers: each takes and returns feature maps (b t) c h w, unless its docstring says otherwise.
@@ -369,6 +390,23 @@ class ConditionEncoder(nn.Module):
         return rearrange(x, "(b h w) t c -> (b t) c h w", h=h, w=w)
 
 
+class Draft(nn.Module):
+    """The mean text token (b, d) -> what a clip with this caption looks like, (b, t, c, h, w), coarse: half as
+    many rows and columns. Without it a network must place its first strokes by the padding of its
+    convolutions (ours)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        t, c, h, w = cfg.latent_shape
+        self.shape = t, c, h // 2, w // 2
+        self.hidden = nn.Linear(cfg.context_dim, 2 * cfg.context_dim)
+        self.out = nn.Linear(2 * cfg.context_dim, math.prod(self.shape))
+
+    def forward(self, x):
+        x = self.out(F.silu(self.hidden(x))).unflatten(1, self.shape)       # b t c h/2 w/2
+        return F.interpolate(x.flatten(0, 1), scale_factor=2.0, mode="bilinear").unflatten(0, x.shape[:2])
+
+
 def start_at_zero(root, names):
     """The last layers of residual branches, which start as the identity: weights whose name has the regular
     expression `names`. All else starts as PyTorch does, but STI's 0 and 1, which are the release's."""
@@ -433,7 +471,7 @@ def guess_frames(given, cond_mask):
 class Condition(NamedTuple):
     """What the network is told besides noisy latents and step; constant over a sampling run."""
 
-    features: torch.Tensor                # (b t) c h w: the condition encoder's, and the masks with `inputs`
+    features: torch.Tensor                # (b t) c' h w: the condition encoder's, masks, the draft
     kv: list                              # (keys, values) of each layer with attention, None for others
     pooled: torch.Tensor | float          # b d, added to the step's embedding; 0 without pooled_text
     frame_mask: torch.Tensor | None       # b t bool, True = real frame; None = all are
@@ -463,7 +501,11 @@ class DFGN(nn.Module):
         self.time = nn.Sequential(nn.Linear(ws[0], 4 * ws[0]), nn.SiLU(), nn.Linear(4 * ws[0], 4 * ws[0]))
         self.pool = nn.Linear(cfg.context_dim, 4 * ws[0], bias=False) if cfg.pooled_text else None
         self.condition_encoder = ConditionEncoder(c, cfg.frames)
-        self.conv_in = nn.Conv2d(2 * c + 3 * cfg.inputs, ws[0], 3, padding=1)
+        self.register_buffer("abar", alphas_cumprod(cfg.zero_snr), persistent=False)
+        enters = c * (2 + cfg.draft) + 3 * cfg.inputs                       # channels
+        self.draft = Draft(cfg) if cfg.draft else None
+        self.conv_in = nn.Conv2d(enters, ws[0], 3, padding=1)
+        self.bypass = nn.Linear(4 * ws[0], c * enters) if cfg.bypass else None
         self.number = nn.Parameter(torch.zeros(cfg.frames, ws[0])) if cfg.inputs else None
         self.transformer_in = TemporalTransformer(ws[0], heads, cfg.head_dim, cfg.frames)
 
@@ -487,7 +529,7 @@ class DFGN(nn.Module):
         if cfg.film:  # a norm over one channel takes away what the step, a caption or a colour add to it
             for m in [m for m in self.modules() if isinstance(m, nn.GroupNorm)]:
                 m.num_groups = min(m.num_groups, max(1, m.num_channels // 8))
-        start_at_zero(self, r"res\.conv2|proj_out|detail\.convs\.[13]|mix\.convs\.3|conv_out")
+        start_at_zero(self, r"res\.conv2|proj_out|detail\.convs\.[13]|mix\.convs\.3|conv_out|draft\.out|bypass")
 
     def layers(self):
         """All layers in the order in which forward runs them."""
@@ -506,13 +548,16 @@ class DFGN(nn.Module):
             given = torch.where(spread(real), guess, 0)
             maps = known.float(), real.float(), unit.log().view(b, 1).expand(b, f)
             extra = [torch.stack(maps, 2).flatten(0, 1)[:, :, None, None].expand(-1, -1, h, w)]
+        pooled = 0.0
+        if self.pool or self.draft:                                         # ByteText: past the end are zeros
+            count = (context != 0).any(-1).sum(1, keepdim=True).clamp(min=1)
+            mean = context.sum(1) / count                                   # b d
+            pooled = self.pool(mean) if self.pool else 0.0                  # b d
+            if self.draft:
+                extra.append(torch.where(spread(real), self.draft(mean), 0).flatten(0, 1))
         features = self.condition_encoder(given.flatten(0, 1))              # (b t) c h w
         features = torch.cat([features, *(x.to(features.dtype) for x in extra)], 1)
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
-        pooled = 0.0
-        if self.pool:                                                       # ByteText: past the end are zeros
-            count = (context != 0).any(-1).sum(1, keepdim=True).clamp(min=1)
-            pooled = self.pool(context.sum(1) / count)                      # b d
         return Condition(features, kv, pooled, frame_mask)
 
     def forward(self, x, t, given=None, context=None, cond_mask=None, frame_mask=None, condition=None):
@@ -523,8 +568,8 @@ class DFGN(nn.Module):
         if condition.frame_mask is not None:
             x = torch.where(spread(condition.frame_mask), x, 0)
         b, f = x.shape[:2]
-        x = x.flatten(0, 1)                                                 # (b t) c h w
-        x = self.conv_in(torch.cat([x, condition.features.to(x.dtype)], 1))  # (b t) w0 h w
+        noisy, told = x.flatten(0, 1), condition.features.to(x.dtype)       # (b t) c h w, (b t) c' h w
+        x = self.conv_in(torch.cat([noisy, told], 1))                       # (b t) w0 h w
         if self.number is not None:
             x = x + self.number.to(x.dtype).repeat(b, 1)[:, :, None, None]
         x = self.run(self.transformer_in, x)
@@ -544,8 +589,12 @@ class DFGN(nn.Module):
                 x = self.run(layer, x, emb, next(kv))                       # (b t) w_i h/2^i w/2^i
             if "scale" in stage:
                 x = stage["scale"](x)                                       # (b t) w_i h/2^(i-1) w/2^(i-1)
-        x = self.conv_out(F.silu(self.norm_out(x)))                         # (b t) c h w
-        return x.unflatten(0, (b, f)).float()                               # b t c h w
+        x = self.conv_out(F.silu(self.norm_out(x))).unflatten(0, (b, f))    # b t c h w
+        if self.bypass:  # colours, which norms take away; sqrt(abar): of noise alone nothing passes
+            seen = torch.cat([self.abar[t].sqrt().repeat_interleave(f)[:, None, None, None] * noisy, told], 1)
+            weights = self.bypass(emb).unflatten(1, (-1, seen.shape[1]))    # b c c+c'
+            x = x + torch.einsum("boi,btihw->btohw", weights, seen.unflatten(0, (b, f)))
+        return x.float()                                                    # b t c h w
 
     def run(self, module, *args):
         """Recompute the module in the backward pass instead of storing it, if asked to."""
@@ -866,21 +915,6 @@ def load_vae(path):
 # ------------------------------------------------------------------------------------------------------------
 # Diffusion (Section 4, Table 6: 1000 steps, scaled-linear betas from 0.00085 to 0.0120)
 
-STEPS = 1000
-
-
-def alphas_cumprod(zero_snr=False):
-    """(1000,) fp32: the product of 1 - beta, betas linear in sqrt(beta) (LDM code calls this "linear").
-
-    Its last step still holds 0.068 y_0, which sampling cannot start from. zero_snr: sqrt(abar) is moved and
-    stretched so that it ends at 0 and begins where it did (arXiv 2305.08891, algorithm 1)."""
-    betas = np.linspace(0.00085 ** 0.5, 0.0120 ** 0.5, STEPS, dtype=np.float64) ** 2
-    root = np.cumprod(1 - betas) ** 0.5
-    if zero_snr:
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return torch.from_numpy(root ** 2).float()
-
-
 def q_sample(y0, noise, a):
     """y_t = sqrt(a) y_0 + sqrt(1 - a) noise in fp32; a: abar of each clip's step, (b, 1, 1, 1, 1)."""
     return a.sqrt() * y0.float() + (1 - a).sqrt() * noise
@@ -911,7 +945,10 @@ class RDTF(nn.Module):
         super().__init__()
         self.cfg, self.net = cfg, DFGN(cfg)
         self.text = FrozenText(cfg, text_paths) if cfg.text_dims else ByteText(cfg)
-        self.register_buffer("abar", alphas_cumprod(cfg.zero_snr), persistent=False)
+
+    @property
+    def abar(self):
+        return self.net.abar
 
     def guess(self, x0, cond_mask):
         """-> (guess, unit), so that x_0 = guess + unit * y_0; 0 and 1 without `residual`."""

@@ -684,8 +684,9 @@ def resolve(args):
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
     settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())
-    if args.init:                                                           # may be older than the setting
-        settings["film"] = load_model(args.init).cfg.film
+    if args.init:                                                           # may be older than these
+        given = load_model(args.init).cfg
+        settings.update({key: getattr(given, key) for key in ("film", "draft", "bypass")})
     if args.text_encoder:
         probe = FrozenText(Config(**settings), args.text_encoder)
         probe.load()

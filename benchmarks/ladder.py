@@ -56,7 +56,7 @@ class Rung(NamedTuple):
 RUNGS = {
     "f8c16": Rung("the first release's: f = 8, 16 channels", "", dict(
         latent_channels=16, vae_patch=4, widths=(64, 128), narrow=False, inputs=False, clean=False,
-        zero_snr=False, film=False),
+        zero_snr=False, film=False, draft=False, bypass=False),
         dict(optimizer="adamw", lr=1e-3, weight_decay=0.01, noise_levels="uniform", full=0.0),
         without_units, seldom_late, False),
     "f4c4": Rung("f = 4, 4 channels, narrow attention", "f8c16", dict(
@@ -70,7 +70,8 @@ RUNGS = {
     "late": Rung("+ 30 % in the noisiest fifth", "noise", steps=train.noise_step),
     "decay": Rung("+ weight decay 0.1", "late", flags=dict(weight_decay=0.1)),
     "alone": Rung("+ a last noise step of noise alone", "decay", dict(zero_snr=True)),
-    "tiny": Rung("+ FiLM, norms of 8 channels (= tiny)", "alone", dict(film=True)),
+    "film": Rung("+ FiLM, norms of 8 channels", "alone", dict(film=True)),
+    "tiny": Rung("+ a draft from the caption, a bypass (= tiny)", "film", dict(draft=True, bypass=True)),
     "adamw": Rung("tiny with AdamW", "tiny", flags=dict(optimizer="adamw", lr=1e-3, weight_decay=0.01)),
     "lr02": Rung("tiny, rate 0.02", "tiny", flags=dict(lr=0.02)),
     "lr005": Rung("tiny, rate 0.005", "tiny", flags=dict(lr=0.005)),

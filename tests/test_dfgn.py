@@ -17,7 +17,7 @@ from release import build, to_ours
 
 GOLDEN = Path(__file__).with_name("golden_dfgn.npz")
 SMALL = dict(latent_channels=4, widths=(32, 64), head_dim=16, context_dim=24, layers=1)
-OURS = dict(narrow=True, inputs=True, pooled_text=True, film=True)     # what the small presets add
+OURS = dict(size=32, narrow=True, inputs=True, pooled_text=True, film=True, draft=True, bypass=True)
 VARIANTS = {"paper": {}, "conv3d": dict(temporal="conv3d"), "ours": OURS}
 
 
@@ -338,7 +338,7 @@ def test_inputs_tell_the_guess_both_masks_and_the_frame_number():
     features = net.condition(cond, context, given, real).features.unflatten(0, (2, 8))
     guess, unit = guess_frames(cond, given)
     assert torch.equal(seen[0].unflatten(0, (2, 8)), torch.where(real[:, :, None, None, None], guess, 0))
-    for channel, want in ((-3, given.float()), (-2, real.float()), (-1, unit.log().view(2, 1).expand(2, 8))):
+    for channel, want in ((4, given.float()), (5, real.float()), (6, unit.log().view(2, 1).expand(2, 8))):
         assert torch.equal(features[:, :, channel], want[:, :, None, None].expand(2, 8, 8, 8))
     order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
     with torch.no_grad():
@@ -358,6 +358,38 @@ def test_a_norm_over_one_channel_hides_the_step_and_film_does_not():
         return {m.num_channels // m.num_groups for m in norms if m.num_groups > 1 or m.num_channels > 8}
 
     assert min(channels()) == 1 and min(channels(film=True)) == 8
+
+
+def test_the_caption_draws_a_draft_of_real_frames():
+    net = DFGN(Config(**SMALL, **OURS))
+    given, real = torch.zeros(2, 8, 4, 8, 8), torch.arange(8).expand(2, 8) < 5
+    context = torch.randn(2, 6, 24)
+
+    def drafts(context):
+        return net.condition(given, context, real & False, real).features[:, -4:].unflatten(0, (2, 8))
+
+    assert drafts(context).abs().max() == 0                                 # at the start there is none
+    torch.nn.init.normal_(net.draft.out.weight, std=0.1)
+    seen = drafts(context)
+    assert (seen[0, :5] - seen[1, :5]).abs().mean() > 0.01 and seen[:, 5:].abs().max() == 0
+    assert (seen[0, 0] - seen[0, 1]).abs().mean() > 0.01                    # each frame has its own
+    padded = torch.cat([context, torch.zeros(2, 3, 24)], 1)                 # past the end of a caption
+    assert torch.allclose(drafts(padded), seen, atol=1e-6)
+
+
+def test_the_bypass_carries_a_colour_and_of_noise_alone_nothing():
+    net = DFGN(Config(**SMALL, **OURS, prediction="v", zero_snr=True))      # conv_out is 0: it is all there is
+    x, given, context = torch.randn(2, 8, 4, 8, 8), torch.randn(2, 8, 4, 8, 8), torch.randn(2, 6, 24)
+    cond = torch.arange(8).expand(2, 8) < 1
+
+    def out(x, t, given=given):
+        return net(x, torch.full((2,), t), given, context, cond)
+
+    assert out(x, 500).abs().max() == 0
+    torch.nn.init.normal_(net.bypass.weight, std=0.1)
+    assert torch.equal(out(x, 999), out(-x, 999)) and (out(x, 999) - out(x, 999, -given)).abs().mean() > 0.01
+    apart = out(x + 1, 500) - out(x, 500)                                   # one colour more, everywhere
+    assert apart.abs().mean() > 0.01 and torch.allclose(apart, apart[..., :1, :1].expand_as(apart), atol=1e-5)
 
 
 def test_narrow_attention_is_as_wide_as_its_level():

@@ -11,8 +11,8 @@ from rdtf import (RDTF, Config, alphas_cumprod, blend, denoiser, guess_frames, g
                   sample, target, timestep_embedding, to_y0)
 
 SMALL = dict(widths=(32, 32), layers=1, head_dim=16, context_dim=32, text_layers=1)
-OURS = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
-            pooled_text=True, film=True)
+OURS = dict(size=32, narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
+            pooled_text=True, film=True, draft=True, bypass=True)
 VARIANTS = {"paper": {}, "v": dict(prediction="v"), "clean": dict(prediction="v", clean=True), "ours": OURS}
 SHAPE = (3, 8, 4, 8, 8)
 
