@@ -391,8 +391,8 @@ class ConditionEncoder(nn.Module):
 
 
 class Draft(nn.Module):
-    """The mean text token (b, d) -> what a clip with this caption looks like, (b, t, c, h, w), coarse: half as
-    many rows and columns. Without it a network must place its first strokes by the padding of its
+    """The mean text token (b, d) -> what a clip with this caption looks like, (b, t, c, h, w), coarse: it
+    has half as many rows and columns. Without it a network must place its first strokes by the padding of its
     convolutions (ours)."""
 
     def __init__(self, cfg):
@@ -529,7 +529,8 @@ class DFGN(nn.Module):
         if cfg.film:  # a norm over one channel takes away what the step, a caption or a colour add to it
             for m in [m for m in self.modules() if isinstance(m, nn.GroupNorm)]:
                 m.num_groups = min(m.num_groups, max(1, m.num_channels // 8))
-        start_at_zero(self, r"res\.conv2|proj_out|detail\.convs\.[13]|mix\.convs\.3|conv_out|draft\.out|bypass")
+        start_at_zero(self, r"res\.conv2|proj_out|detail\.convs\.[13]|mix\.convs\.3|conv_out|"
+                            r"draft\.out|bypass")
 
     def layers(self):
         """All layers in the order in which forward runs them."""
