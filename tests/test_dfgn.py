@@ -378,7 +378,7 @@ def test_the_caption_draws_a_draft_of_real_frames():
 
 
 def test_the_bypass_carries_a_colour_and_of_noise_alone_nothing():
-    net = DFGN(Config(**SMALL, **OURS, prediction="v", zero_snr=True))      # conv_out is 0: it is all there is
+    net = DFGN(Config(**SMALL, **OURS, prediction="v", zero_snr=True))   # conv_out is 0: that is all
     (x, given), context = torch.randn(2, 2, 8, 4, 8, 8), torch.randn(2, 6, 24)
     cond = torch.arange(8).expand(2, 8) < 1
 
