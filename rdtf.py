@@ -109,7 +109,7 @@ PRESETS = {
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# The noise schedule
+# The noise schedule (Table 6: 1000 steps, scaled-linear betas from 0.00085 to 0.0120)
 
 STEPS = 1000
 
@@ -914,7 +914,8 @@ def load_vae(path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Diffusion (Section 4, Table 6: 1000 steps, scaled-linear betas from 0.00085 to 0.0120)
+# Diffusion (Section 4)
+
 
 def q_sample(y0, noise, a):
     """y_t = sqrt(a) y_0 + sqrt(1 - a) noise in fp32; a: abar of each clip's step, (b, 1, 1, 1, 1)."""
