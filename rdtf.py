@@ -569,8 +569,8 @@ class DFGN(nn.Module):
         if condition.frame_mask is not None:
             x = torch.where(spread(condition.frame_mask), x, 0)
         b, f = x.shape[:2]
-        noisy, told = x.flatten(0, 1), condition.features.to(x.dtype)       # (b t) c h w, (b t) c' h w
-        x = self.conv_in(torch.cat([noisy, told], 1))                       # (b t) w0 h w
+        entered = torch.cat([x.flatten(0, 1), condition.features.to(x.dtype)], 1)         # (b t) c+c' h w
+        x = self.conv_in(entered)                                           # (b t) w0 h w
         if self.number is not None:
             x = x + self.number.to(x.dtype).repeat(b, 1)[:, :, None, None]
         x = self.run(self.transformer_in, x)
@@ -592,9 +592,9 @@ class DFGN(nn.Module):
                 x = stage["scale"](x)                                       # (b t) w_i h/2^(i-1) w/2^(i-1)
         x = self.conv_out(F.silu(self.norm_out(x))).unflatten(0, (b, f))    # b t c h w
         if self.bypass:  # colours, which norms take away; sqrt(abar): of noise alone nothing passes
-            seen = torch.cat([self.abar[t].sqrt().repeat_interleave(f)[:, None, None, None] * noisy, told], 1)
-            weights = self.bypass(emb).unflatten(1, (-1, seen.shape[1]))    # b c c+c'
-            x = x + torch.einsum("boi,btihw->btohw", weights, seen.unflatten(0, (b, f)))
+            noisy, told = self.bypass(emb).unflatten(1, (x.shape[2], -1)).tensor_split([x.shape[2]], 2)
+            weights = torch.cat([self.abar[t].sqrt()[:, None, None] * noisy, told], 2)    # b c c+c'
+            x = x + torch.einsum("boi,btihw->btohw", weights, entered.unflatten(0, (b, f)))
         return x.float()                                                    # b t c h w
 
     def run(self, module, *args):
