@@ -56,7 +56,7 @@ class Config:
     clean: bool = False                   # given frames enter without noise and are left out of the loss
     pooled_text: bool = False             # the mean text token is added to the embedding of the noise step
     film: bool = False                    # that embedding scales and shifts features; norms of >= 8 channels
-    draft: bool = False                   # the mean text token draws a clip, which the network reads
+    draft: bool = False                   # the mean text token draws a clip, learnt directly, as an input
     bypass: bool = False                  # what enters also reaches the exit directly, around all norms
     # text: a byte transformer trained with the network, unless text_dims names the widths of frozen encoders
     text_layers: int = 3
@@ -391,20 +391,17 @@ class ConditionEncoder(nn.Module):
 
 
 class Draft(nn.Module):
-    """The mean text token (b, d) -> what a clip with this caption looks like, (b, t, c, h, w), coarse: it
-    has half as many rows and columns. Without it a network must place its first strokes by the padding of its
-    convolutions (ours)."""
+    """The mean text token (b, d) -> a clip as the caption has it, (b, t, c, h, w). It has a loss of its own
+    (`RDTF.forward`), so it learns within a few hundred updates; without it a network must place its first
+    strokes by the padding of its convolutions (ours)."""
 
     def __init__(self, cfg):
         super().__init__()
-        t, c, h, w = cfg.latent_shape
-        self.shape = t, c, h // 2, w // 2
-        self.hidden = nn.Linear(cfg.context_dim, 2 * cfg.context_dim)
-        self.out = nn.Linear(2 * cfg.context_dim, math.prod(self.shape))
+        self.shape = cfg.latent_shape
+        self.hidden, self.out = nn.Linear(cfg.context_dim, 256), nn.Linear(256, math.prod(self.shape))
 
     def forward(self, x):
-        x = self.out(F.silu(self.hidden(x))).unflatten(1, self.shape)       # b t c h/2 w/2
-        return F.interpolate(x.flatten(0, 1), scale_factor=2.0, mode="bilinear").unflatten(0, x.shape[:2])
+        return self.out(F.silu(self.hidden(x))).unflatten(1, self.shape)    # b t c h w
 
 
 def start_at_zero(root, names):
@@ -475,6 +472,7 @@ class Condition(NamedTuple):
     kv: list                              # (keys, values) of each layer with attention, None for others
     pooled: torch.Tensor | float          # b d, added to the step's embedding; 0 without pooled_text
     frame_mask: torch.Tensor | None       # b t bool, True = real frame; None = all are
+    draft: torch.Tensor | None            # b t c h w, what the caption alone says; part of the features
 
 
 class DFGN(nn.Module):
@@ -549,17 +547,18 @@ class DFGN(nn.Module):
             given = torch.where(spread(real), guess, 0)
             maps = known.float(), real.float(), unit.log().view(b, 1).expand(b, f)
             extra = [torch.stack(maps, 2).flatten(0, 1)[:, :, None, None].expand(-1, -1, h, w)]
-        pooled = 0.0
+        pooled, draft = 0.0, None
         if self.pool or self.draft:                                         # ByteText: past the end are zeros
             count = (context != 0).any(-1).sum(1, keepdim=True).clamp(min=1)
             mean = context.sum(1) / count                                   # b d
             pooled = self.pool(mean) if self.pool else 0.0                  # b d
             if self.draft:
-                extra.append(torch.where(spread(real), self.draft(mean), 0).flatten(0, 1))
+                draft = torch.where(spread(real), self.draft(mean), 0)      # b t c h w
+                extra.append(draft.flatten(0, 1))
         features = self.condition_encoder(given.flatten(0, 1))              # (b t) c h w
         features = torch.cat([features, *(x.to(features.dtype) for x in extra)], 1)
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
-        return Condition(features, kv, pooled, frame_mask)
+        return Condition(features, kv, pooled, frame_mask, draft)
 
     def forward(self, x, t, given=None, context=None, cond_mask=None, frame_mask=None, condition=None):
         if condition is None:
@@ -963,7 +962,8 @@ class RDTF(nn.Module):
         return (torch.where(spread(cond_mask), y0, y) if self.cfg.clean else y), a
 
     def forward(self, x0, noise, t, text, cond_mask, frame_mask):
-        """Losses (b,): squared error over the frames that count / (F c h w) (release, Table 7).
+        """Losses (b, 2): squared error over the frames that count / (F c h w) (release, Table 7), and that of
+        the draft over real frames, 0 without one (ours).
 
         Real frames count; with `clean` only made ones. The denominator is a constant, so every such frame of
         every sticker weighs the same, and sums over micro-batches and ranks are exact with ragged lengths.
@@ -971,11 +971,14 @@ class RDTF(nn.Module):
         guess, unit = self.guess(x0, cond_mask)
         y0 = (x0 - guess) / unit
         y, a = self.noised(y0, noise, t, cond_mask)
-        out = self.net(y, t, x0, self.text(text), cond_mask, frame_mask)
+        condition = self.net.condition(x0, self.text(text), cond_mask, frame_mask)
+        out = self.net(y, t, condition=condition)
         counts = frame_mask & ~cond_mask if self.cfg.clean else frame_mask
         # `where` before the square: else NaN in padding would come back through its gradient
         error = torch.where(spread(counts), out - target(y0, noise, a, self.cfg.prediction), 0)
-        return error.square().flatten(1).mean(1)
+        drawn = x0 if condition.draft is None else condition.draft
+        errors = torch.stack([error, torch.where(spread(frame_mask), drawn - x0, 0)], 1)
+        return errors.square().flatten(2).mean(2)
 
     @torch.no_grad()
     def mean(self, x0, noise, text, cond_mask, frame_mask):

@@ -461,7 +461,8 @@ def validate(model, fixed, ctx):
             batch = make_batch(part, model.text, only, [1.0], args)           # the same noise everywhere
             x0, noise, t, text, cond, real = to_device(batch, ctx.device).values()
             with ctx.autocast():
-                loss, mean = model(x0, noise, t, text, cond, real), model.mean(x0, noise, text, cond, real)
+                loss = model(x0, noise, t, text, cond, real)[:, 0]
+                mean = model.mean(x0, noise, text, cond, real)
             made = real & ~cond
             errors = [((y - x0) ** 2)[made].sum() for y in (mean, guess_frames(x0, cond)[0])]
             counts = made if model.cfg.clean else real
@@ -607,10 +608,10 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         for micro, batch in enumerate(batches, 1):
             with nullcontext() if micro == len(batches) or ctx.world == 1 else net.no_sync():
                 with ctx.autocast():
-                    losses = net(**to_device(batch, device))                # (b,)
+                    losses = net(**to_device(batch, device))                # (b, 2): diffusion, draft
                 # DDP averages gradients over ranks, the loss is a sum over the global batch: undo the average
                 (losses.sum() * (ctx.world / global_batch)).backward()
-            stats[0] += losses.detach().float().sum() / global_batch
+            stats[0] += losses[:, 0].detach().float().sum() / global_batch
         lr = learning_rate(step, args.lr, args.warmup, args.schedule, args.steps)
         norm = update_weights(optimizers, lr, params, ema, args.ema, step, args.grad_clip)
         stats[2] = float(STOP["since"] > 0)

@@ -107,7 +107,7 @@ def test_the_loss_is_the_stated_sum_over_the_frames_that_count(variant):
     """... and whatever padding holds changes neither the loss nor a gradient."""
     m, (x0, noise, given, real) = model(variant).requires_grad_(True), clips()
     cfg, t, tok = m.cfg, torch.tensor([5, 500, 950]), m.text.tokenize(["a", "b", ""])
-    losses = m(x0, noise, t, tok, given, real)
+    losses = m(x0, noise, t, tok, given, real)                              # b 2
     losses.sum().backward()
     grads = {k: p.grad.clone() for k, p in m.named_parameters()}
     for i, n in enumerate((8, 5, 3)):                                       # one clip at a time, by frames
@@ -117,12 +117,14 @@ def test_the_loss_is_the_stated_sum_over_the_frames_that_count(variant):
         y = a.sqrt() * y0 + (1 - a).sqrt() * noise[one]
         if cfg.clean:
             y[0, given[i]] = y0[0, given[i]]
-        want, out = 0.0, m.net(y, t[one], x0[one], m.text(tok[one]), given[one], real[one])
+        told = m.net.condition(x0[one], m.text(tok[one]), given[one], real[one])
+        want, out = 0.0, m.net(y, t[one], condition=told)
         for f in range(n):
             if not (cfg.clean and given[i, f]):
                 v = a.sqrt() * noise[i, f] - (1 - a).sqrt() * y0[0, f]
                 want += ((out[0, f] - (noise[i, f] if cfg.prediction == "eps" else v)) ** 2).sum().item()
-        assert losses[i].item() == pytest.approx(want / (8 * 4 * 8 * 8), rel=1e-4)
+        drawn = 0.0 if told.draft is None else ((told.draft - x0[one])[0, :n] ** 2).sum().item()
+        assert losses[i].tolist() == pytest.approx([x / (8 * 4 * 8 * 8) for x in (want, drawn)], rel=1e-4)
     m.zero_grad()
     x0[1, 5:], noise[2, 3:] = math.nan, math.inf                            # padding may hold anything
     again = m(x0, noise, t, tok, given, real)
@@ -145,7 +147,7 @@ def test_a_perfect_network_has_no_loss_and_all_of_the_motion(variant):
         return target(y0, (y - a.sqrt() * y0) / (1 - a).sqrt(), a, m.cfg.prediction)
     m.net.forward = oracle
     made = real & ~given
-    assert m(x0, noise, torch.tensor([10, 500, 990]), tok, given, real).max() < 1e-8
+    assert m(x0, noise, torch.tensor([10, 500, 990]), tok, given, real)[:, 0].max() < 1e-8
     assert torch.allclose(m.mean(x0, noise, tok, given, real)[made], x0[made], atol=1e-3)
     for knows[0], wanted in ((True, x0), (False, guess + torch.zeros_like(x0))):
         mean = m.mean(x0, noise, tok, given, real)
