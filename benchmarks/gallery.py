@@ -29,7 +29,7 @@ def gallery(args):
         columns = [("text, before", model, "t2v"), *((label, tuned, mode) for label, _, mode in columns[:3])]
     for store in (args.data, *args.more):
         stickers, split = data.open_stickers(store, model.cfg.size), "train" if args.lora else "held_out"
-        _, truth, words = quality.first_of(stickers, split, args.count, args.seed)
+        _, truth, words = quality.first_of(stickers, args.count, args.seed, split)
         clips, seeds = [truth], list(range(len(truth)))
         for _, network, mode in columns:
             clips.append(quality.generate(network, truth, words, quality.mode_of(mode)[0], args, seeds))

@@ -147,7 +147,7 @@ class Clock:
 
     def measure(self, path, seconds):
         a, model = self.args, rdtf.load_model(path)
-        _, clips, captions = quality.held_out(data.open_stickers(a.measure, model.cfg.size), a.count)
+        _, clips, captions = quality.first_of(data.open_stickers(a.measure, model.cfg.size), a.count)
         settings = SimpleNamespace(precision="auto", batch=8, draws=50)
         with torch.random.fork_rng():
             found = quality.one_step_means(model, clips, captions, MODES, settings, seconds >= self.budget)

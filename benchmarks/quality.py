@@ -337,7 +337,7 @@ def clips_of(stickers, items):
     return np.stack(clips).transpose(0, 1, 3, 4, 2) / np.float32(255)
 
 
-def first_of(stickers, split, count, seed=0):
+def first_of(stickers, count, seed=0, split="held_out"):
     """-> up to `count` stickers of a split that move, their clips and captions. DataError below 8."""
     items = choose(stickers, split, count, np.random.default_rng(seed))
     if len(items) < min(8, count):
@@ -346,14 +346,9 @@ def first_of(stickers, split, count, seed=0):
     return items, clips_of(stickers, items), [caption_of(stickers, i) for i in items]
 
 
-def held_out(stickers, count, seed=0):
-    """`first_of` the held-out ones."""
-    return first_of(stickers, "held_out", count, seed)
-
-
 def make_plan(stickers, count, seed):
     """Which stickers, masks and seeds: a pure function of the data, `count` and `seed`; plain JSON."""
-    items, _, captions = held_out(stickers, count, seed)
+    items, _, captions = first_of(stickers, count, seed)
     others = choose(stickers, "train", len(items), np.random.default_rng([seed, 1]), captions)
     if len(others) < len(items):
         raise DataError(f"--data: {len(others)} training stickers of 8 distinct frames; {len(items)} are "
@@ -499,7 +494,7 @@ def mean_table(found):
 def mean_command(args):
     """The `mean` command: EV and PSNR of the one-step mean of a checkpoint."""
     model = rdtf.load_model(args.ckpt, args.device)
-    _, clips, captions = held_out(data.open_stickers(args.data, model.cfg.size), args.count, args.seed)
+    _, clips, captions = first_of(data.open_stickers(args.data, model.cfg.size), args.count, args.seed)
     found = one_step_means(model, clips, captions, args.modes.split(","), args)
     print(f"{args.ckpt}, update {model.meta['step']}; N = {len(clips)} held-out stickers of {args.data}; EV "
           f"of the one-step mean (0: the blend), PSNR of made frames on white\n{mean_table(found)}")
@@ -587,7 +582,7 @@ def gap_command(args):
     model, curves = rdtf.load_model(args.ckpt, args.device), {}
     for spec in args.data:
         stickers = data.open_stickers(spec, model.cfg.size)
-        items, clips, captions = held_out(stickers, args.count, args.seed)
+        items, clips, captions = first_of(stickers, args.count, args.seed)
         durations = stickers.index["duration"][items] / 1000
         rows = curves[spec] = gap_rows(gap_errors(model, clips, captions, args), durations, args.draws)
         print(f"{args.ckpt}, update {model.meta['step']}; {len(clips)} held-out stickers of {spec}; made "
@@ -758,7 +753,7 @@ def character_clips(args, size):
     """Held-out characters of --data, a set or store of stickers/characters.py -> clips, captions, truths."""
     from stickers.characters import choices
     stickers = data.open_stickers(args.data, size)
-    items, clips, captions = held_out(stickers, args.count)
+    items, clips, captions = first_of(stickers, args.count)
     try:
         truths = [choices(int(Path(stickers.texts(i)[0]).stem)) for i in items]
     except ValueError:
