@@ -731,6 +731,7 @@ class FrozenText(nn.Module):
                           return_tensors="pt") for tokenizer, _ in self.encoders]
         return torch.stack([torch.stack([x["input_ids"], x["attention_mask"]], 1) for x in rows], 1)
 
+    @torch.compiler.disable                                                 # a new shape with every batch
     def forward(self, tok):
         """Each caption is encoded once however often the batch has it, on the device of `tok`."""
         once, back = torch.unique(tok, dim=0, return_inverse=True)

@@ -101,7 +101,7 @@ def parser():
     a("--seed", type=count, default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
     a("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where it is fast")
-    a("--compile", action="store_true", help="torch.compile the network")
+    a("--compile", action="store_true", help="torch.compile the model")
     a("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, slower")
     a("--save-every", type=count, default=200, help="updates between checkpoints, 0 = only at the end")
     a("--keep-every", type=count, default=0,
@@ -584,7 +584,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
 
     model.net.checkpointing = args.checkpointing
     if args.compile:                                                        # in place: names of weights stay
-        model.net.compile()
+        model.compile()
     net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if ctx.world > 1 else model
     loaded, fixed = Loaded(average, vae, cfg, {}), validation_rows(stickers, shown, tasks)
     global_batch, start, bad, window = args.batch_size * args.accumulation * ctx.world, now, 0, []

@@ -155,7 +155,7 @@ def small(args, preset, mode):
         torch.manual_seed(0)
         model = rdtf.RDTF(cfg).to(args.device).train()
         if MODES[mode] is not None:
-            model.net.compile(**MODES[mode])
+            model.compile(**MODES[mode])
         x0, noise = torch.randn(2, b, *cfg.latent_shape, device=args.device)
         mask = torch.ones(b, cfg.frames, dtype=torch.bool, device=args.device)
         cond = F.pad(mask[:, :1], (0, cfg.frames - 1))
