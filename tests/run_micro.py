@@ -135,8 +135,8 @@ def eager_backend():
     """--compile without a compiler: Dynamo's graph, in one piece, as it is (AOT autograd takes 16 s more).
     One graph serves all updates, or shapes change."""
     torch._dynamo.config.error_on_recompile = True
-    compiled = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda self: compiled(self, backend="eager", fullgraph=True)
+    module = torch.nn.Module
+    module.compile = functools.partialmethod(module.compile, backend="eager", fullgraph=True)
 
 
 def checkpoint_must_go():

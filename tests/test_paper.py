@@ -48,8 +48,8 @@ def test_the_paper_trains_saves_resumes_and_samples(paper, tmp_path, capsys, mon
     whole = paper("whole")
     paper("run", "--max-updates", 1)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 1
-    compiled = torch.nn.Module.compile                                      # Dynamo, without a compiler
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")         # no compiler is needed
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
     run = paper("run", "--compile")                                         # frozen encoders stay outside
     assert not difference(whole / "last.pt", run / "last.pt")
     data = torch.load(run / "last.pt", weights_only=True)
