@@ -51,7 +51,7 @@ class Config:
     narrow: bool = False                  # transformer_in and STI attend in the width of their level
     prediction: str = "eps"               # what the output means: the noise (paper) or v
     zero_snr: bool = False                # the last noise step is noise alone (arXiv 2305.08891)
-    residual: bool = False                # diffuse the difference to a guess from the given frames
+    residual: bool = False                # diffuse the difference to what the given frames tell (`bridge`)
     inputs: bool = False                  # the network reads guess, unit, both masks and the frame number
     clean: bool = False                   # given frames enter without noise and are left out of the loss
     pooled_text: bool = False             # the mean text token is added to the embedding of the noise step
@@ -443,8 +443,29 @@ def blend(given, cond_mask):
     return torch.lerp(given[row, before.clamp(min=0)], given[row, after.clamp(max=t - 1)], spread(share))
 
 
-def guess_frames(given, cond_mask):
-    """-> (guess (b, t, c, h, w): `blend`; unit (b, 1, 1, 1, 1): how far off it will be about, RMS).
+def bridge(given, cond_mask, frame_mask):
+    """The same shapes -> what one would guess of a sticker, which is a loop: after its last real frame comes
+    the first (ours). It knows nothing of a picture, and had learnt as much of Fluent as 16,820 updates.
+
+    A loop is taken for an Ornstein-Uhlenbeck process: its correlation falls by e in an eighth of a turn. So a
+    frame u eighths behind a given one and v before the next differs from the mean of the given frames by
+    (sinh(v) difference of the one + sinh(u) difference of the other) / sinh(u + v)."""
+    b, t = cond_mask.shape
+    before, after = neighbours(cond_mask)
+    i, n = torch.arange(t, device=given.device), frame_mask.sum(1, keepdim=True).clamp(min=1)
+    before = torch.where(before < 0, before[:, -1:].clamp(min=0) - n, before)             # a turn before
+    after = torch.where(after == t, after[:, :1] % t + n, after)            # a turn later; none given: 0
+    u, v = 8 * (i - before) / n, 8 * (after - i) / n                        # b t
+    given = torch.where(spread(cond_mask), given, 0)
+    mean = given.sum(1, keepdim=True) / spread(cond_mask.sum(1, keepdim=True).clamp(min=1))
+    row = torch.arange(b, device=given.device)[:, None]
+    first, second = given[row, before % n] - mean, given[row, after % n] - mean
+    guess = mean + (spread(v.sinh()) * first + spread(u.sinh()) * second) / spread((u + v).sinh())
+    return torch.where(spread(cond_mask), given, torch.where(spread(frame_mask), guess, 0))
+
+
+def guess_frames(given, cond_mask, frame_mask):
+    """-> (guess (b, t, c, h, w): `bridge`; unit (b, 1, 1, 1, 1): how far off it will be about, RMS).
 
     The process assumes that what it diffuses has variance 1. What differs from the guess has between 0.002
     and 0.25, and the given frames tell which: where neighbouring ones differ much, so do the frames between.
@@ -458,7 +479,7 @@ def guess_frames(given, cond_mask):
     square = jump.mean((2, 3, 4)).sum(1) / pair.sum(1).clamp(min=1)         # b: mean over the pairs
     count = cond_mask.sum(1)
     unit = torch.where(count > 1, (square + 0.0625).sqrt(), torch.where(count == 1, 0.8, 1.0))
-    return blend(given, cond_mask), unit[:, None, None, None, None]
+    return bridge(given, cond_mask, frame_mask), unit[:, None, None, None, None]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -543,8 +564,7 @@ class DFGN(nn.Module):
         given = torch.where(spread(known), given, 0)                        # b t c h w
         extra = []
         if self.cfg.inputs:                                                 # zeros would mean the mean latent
-            guess, unit = guess_frames(given, known)
-            given = torch.where(spread(real), guess, 0)
+            given, unit = guess_frames(given, known, real)
             maps = known.float(), real.float(), unit.log().view(b, 1).expand(b, f)
             extra = [torch.stack(maps, 2).flatten(0, 1)[:, :, None, None].expand(-1, -1, h, w)]
         pooled, draft = 0.0, None
@@ -952,9 +972,9 @@ class RDTF(nn.Module):
     def abar(self):
         return self.net.abar
 
-    def guess(self, x0, cond_mask):
+    def guess(self, x0, cond_mask, frame_mask):
         """-> (guess, unit), so that x_0 = guess + unit * y_0; 0 and 1 without `residual`."""
-        return guess_frames(x0, cond_mask) if self.cfg.residual else (0.0, 1.0)
+        return guess_frames(x0, cond_mask, frame_mask) if self.cfg.residual else (0.0, 1.0)
 
     def noised(self, y0, noise, t, cond_mask):
         """-> (y_t as the network sees it, abar (b, 1, 1, 1, 1)). With `clean` given frames stay clean."""
@@ -963,29 +983,28 @@ class RDTF(nn.Module):
         return (torch.where(spread(cond_mask), y0, y) if self.cfg.clean else y), a
 
     def forward(self, x0, noise, t, text, cond_mask, frame_mask):
-        """Losses (b, 2): squared error over the frames that count / (F c h w) (release, Table 7), and that of
-        the draft over real frames, 0 without one (ours).
+        """Losses (b, 1): squared error over the frames that count / (F c h w) (release, Table 7); with a
+        draft (b, 2), also its own, over real frames (ours).
 
         Real frames count; with `clean` only made ones. The denominator is a constant, so every such frame of
         every sticker weighs the same, and sums over micro-batches and ranks are exact with ragged lengths.
         x0, noise (b, t, c, h, w); t (b,); text: what `text.tokenize` gave; masks (b, t) bool."""
-        guess, unit = self.guess(x0, cond_mask)
+        guess, unit = self.guess(x0, cond_mask, frame_mask)
         y0 = (x0 - guess) / unit
         y, a = self.noised(y0, noise, t, cond_mask)
         condition = self.net.condition(x0, self.text(text), cond_mask, frame_mask)
         out = self.net(y, t, condition=condition)
         counts = frame_mask & ~cond_mask if self.cfg.clean else frame_mask
         # `where` before the square: else NaN in padding would come back through its gradient
-        error = torch.where(spread(counts), out - target(y0, noise, a, self.cfg.prediction), 0)
-        drawn = x0 if condition.draft is None else condition.draft
-        errors = torch.stack([error, torch.where(spread(frame_mask), drawn - x0, 0)], 1)
-        return errors.square().flatten(2).mean(2)
+        errors = [torch.where(spread(counts), out - target(y0, noise, a, self.cfg.prediction), 0)]
+        if condition.draft is not None:
+            errors.append(torch.where(spread(frame_mask), condition.draft - x0, 0))
+        return torch.stack(errors, 1).square().flatten(2).mean(2)
 
     @torch.no_grad()
     def mean(self, x0, noise, text, cond_mask, frame_mask):
         """What sampling in one step makes: the estimate of x_0 from noise alone, (b, t, c, h, w). x0 is read
-        where it is given. EV = 1 - its squared error / the guess's, over made frames, is above 0 where
-        something was learnt."""
+        where it is given. EV = 1 - its squared error / that of `blend`, over made frames."""
         denoise, finish = denoiser(self, text, text, x0, cond_mask, frame_mask, 1.0, 1.0, noise)
         return finish(denoise(noise, torch.full((len(x0),), STEPS - 1, device=x0.device)))
 
@@ -1012,7 +1031,7 @@ def denoiser(model, text, negative, given, cond_mask, frame_mask, text_scale, im
     if model.cfg.residual and image_scale != 1:
         raise ValueError(f"image_scale={image_scale}: must be 1, since the residual has other units without "
                          f"given frames")
-    guess, unit = model.guess(given, cond_mask)
+    guess, unit = model.guess(given, cond_mask, frame_mask)
     weights = guidance_weights(text_scale, image_scale, has_text, bool(cond_mask.any()))
     n, b, keys = len(weights), len(given), list(weights)
     states = {k: model.text(text if k else negative) for k in {key[0] for key in keys}}
@@ -1181,7 +1200,9 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
     captions: b strings, "" = no text. frames: given frames where cond_mask (b, F) is True, anything
     elsewhere. frame_mask (b, F): True = a frame that is wanted; None = all. seeds: a number or CPU generator
     per sticker. negative takes the place of "no text" in guidance. None: the checkpoint's own sampler, steps
-    and scales; bf16 where the device has it. progress(i, y) is called after every step."""
+    and scales, but with `residual` a text scale of 1 (half the work) where two frames or more are given: they
+    say more than the caption (ours); bf16 where the device has it. progress(i, y) is called after every step.
+    """
     model, vae, cfg, _ = loaded
     device, b = model.abar.device, len(captions)
     cond = torch.as_tensor(cond_mask, dtype=torch.bool, device=device)
@@ -1189,7 +1210,9 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
         torch.as_tensor(frame_mask, dtype=torch.bool, device=device)
     cond = cond & real                                                      # else padding would be looked at
     frames = torch.where(spread(cond), frames.to(device).float(), 0.0)
-    text_scale = cfg.text_scale if text_scale is None else text_scale
+    if text_scale is None:
+        told = cfg.residual and not negative and bool((cond.sum(1) > 1).all())
+        text_scale = 1.0 if told else cfg.text_scale
     image_scale = cfg.image_scale if image_scale is None else image_scale
     if len(seeds) != b:
         raise ValueError(f"{len(seeds)} seeds for {b} stickers: give one each")

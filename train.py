@@ -40,7 +40,7 @@ from curriculum import TASKS, Curriculum, make_masks
 from data import (DataError, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
                   write_sticker)
 from rdtf import (FORMAT, PRESETS, RDTF, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded, add_lora,
-                  alphas_cumprod, drop_words, find_device, fingerprint, guess_frames, has_bf16, load_model,
+                  alphas_cumprod, blend, drop_words, find_device, fingerprint, has_bf16, load_model,
                   load_vae, read_weights, reason, sample_clips, to_device)
 
 HERE = Path(__file__).parent
@@ -464,7 +464,7 @@ def validate(model, fixed, ctx):
                 loss = model(x0, noise, t, text, cond, real)[:, 0]
                 mean = model.mean(x0, noise, text, cond, real)
             made = real & ~cond
-            errors = [((y - x0) ** 2)[made].sum() for y in (mean, guess_frames(x0, cond)[0])]
+            errors = [((y - x0) ** 2)[made].sum() for y in (mean, blend(x0, cond))]
             counts = made if model.cfg.clean else real
             sums += torch.stack([loss.sum(), counts.float().mean(1).sum(), *errors]).float().cpu()
         if sums[1] > 0:
@@ -608,7 +608,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
         for micro, batch in enumerate(batches, 1):
             with nullcontext() if micro == len(batches) or ctx.world == 1 else net.no_sync():
                 with ctx.autocast():
-                    losses = net(**to_device(batch, device))                # (b, 2): diffusion, draft
+                    losses = net(**to_device(batch, device))                # b 2: diffusion, draft
                 # DDP averages gradients over ranks, the loss is a sum over the global batch: undo the average
                 (losses.sum() * (ctx.world / global_batch)).backward()
             stats[0] += losses[:, 0].detach().float().sum() / global_batch
@@ -685,9 +685,6 @@ def resolve(args):
     if not set(args.tasks.split(",")) <= set(TASKS):
         raise DataError(f"--tasks {args.tasks}: choose from {','.join(TASKS)}")
     settings = dict(PRESETS[args.preset], temporal=args.temporal, text_dims=())
-    if args.init:                                                           # may be older than these
-        given = load_model(args.init).cfg
-        settings.update({key: getattr(given, key) for key in ("film", "draft", "bypass")})
     if args.text_encoder:
         probe = FrozenText(Config(**settings), args.text_encoder)
         probe.load()

@@ -33,9 +33,14 @@ import train  # noqa: E402
 from curriculum import Curriculum  # noqa: E402
 
 
-def without_units(given, cond_mask):
+def without_units(given, cond_mask, frame_mask):
     """In place of rdtf.guess_frames: the blend, as if what differs from it had variance 1."""
     return rdtf.blend(given, cond_mask), given.new_ones(len(given), 1, 1, 1, 1)
+
+
+def linear(given, cond_mask, frame_mask, usual=rdtf.guess_frames):
+    """In place of rdtf.guess_frames: the blend, in its units."""
+    return rdtf.blend(given, cond_mask), usual(given, cond_mask, frame_mask)[1]
 
 
 def seldom_late(kind, g, rng, usual=train.noise_step):
@@ -61,7 +66,7 @@ RUNGS = {
         without_units, seldom_late, False),
     "f4c4": Rung("f = 4, 4 channels, narrow attention", "f8c16", dict(
         latent_channels=4, vae_patch=2, widths=(32, 64, 128), narrow=True)),
-    "units": Rung("+ residual in its own units", "f4c4", guess=rdtf.guess_frames),
+    "units": Rung("+ residual in its own units", "f4c4", guess=linear),
     "inputs": Rung("+ guess, masks, frame number as inputs", "units", dict(inputs=True)),
     "clean": Rung("+ given frames clean", "inputs", dict(clean=True)),
     "data": Rung("+ full clips, the sets of --more", "clean", flags=dict(full=0.5), more=True),
@@ -71,7 +76,8 @@ RUNGS = {
     "decay": Rung("+ weight decay 0.1", "late", flags=dict(weight_decay=0.1)),
     "alone": Rung("+ a last noise step of noise alone", "decay", dict(zero_snr=True)),
     "film": Rung("+ FiLM, norms of 8 channels", "alone", dict(film=True)),
-    "tiny": Rung("+ a draft from the caption, a bypass (= tiny)", "film", dict(draft=True, bypass=True)),
+    "draft": Rung("+ a draft from the caption, a bypass", "film", dict(draft=True, bypass=True)),
+    "tiny": Rung("+ a bridge around the loop for a blend (= tiny)", "draft", guess=rdtf.guess_frames),
     "adamw": Rung("tiny with AdamW", "tiny", flags=dict(optimizer="adamw", lr=1e-3, weight_decay=0.01)),
     "lr02": Rung("tiny, rate 0.02", "tiny", flags=dict(lr=0.02)),
     "lr005": Rung("tiny, rate 0.005", "tiny", flags=dict(lr=0.005)),
@@ -187,7 +193,7 @@ def table(args):
         cells = [f"{last['modes'][m]['EV'][0]:.3f} | {last['modes'][m]['ours'][0]:.2f}" for m in MODES]
         rows.append(f"| {name}: {RUNGS[name.rsplit('-', 1)[0]].what} | {last['seconds'] / 60:.1f} | "
                     f"{last['step']} | {' | '.join(cells)} |")
-    for rival in ("latent blend", "copy", "blend", "flow", "ceiling"):
+    for rival in ("latent bridge", "bridge", "copy", "blend", "flow", "ceiling"):
         known = next((runs[n][-1]["modes"] for n in order if "copy" in runs[n][-1]["modes"][MODES[0]]), {})
         cells = [f" | {known[m][rival][0]:.2f}" if rival in known.get(m, {}) else " | " for m in MODES]
         rows.append(f"| {rival} | | | {' | '.join(cells)} |")

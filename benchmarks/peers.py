@@ -228,7 +228,7 @@ def table(args):
         counts = f"{x['seconds'] / 60:.1f}", str(x["step"]), str(made.get(name, {}).get("clips", ""))
         line(f"{name}: {PEERS.get(name.rsplit('-', 1)[0])}", counts, x["modes"], name)
     known = next((x["modes"] for x in means.values() if "copy" in x["modes"].get(modes[0], {})), {})
-    for rival in ("copy", "blend", "flow", "ceiling") if known else ():
+    for rival in ("copy", "blend", "bridge", "flow", "ceiling") if known else ():
         line(rival, mean={m: {"ours": row[rival]} for m, row in known.items() if rival in row})
     line("floor: other real stickers", name="floor")
     (root / "peers.md").write_text("\n".join(lines) + "\n")

@@ -213,6 +213,12 @@ def linear_blend(clips, mask):
     return rdtf.blend(torch.from_numpy(np.ascontiguousarray(clips)), given).numpy()
 
 
+def loop_bridge(clips, mask):
+    """What ours starts from (rdtf.bridge), but of pictures."""
+    given = torch.from_numpy(np.array(mask)).expand(len(clips), -1)
+    return rdtf.bridge(torch.from_numpy(np.ascontiguousarray(clips)), given, torch.ones_like(given)).numpy()
+
+
 def flow_warp(clips, mask):
     """Frames between two given ones from both, warped along DIS optical flow and cross-faded; beyond the
     given frames the last motion goes on at constant speed."""
@@ -427,8 +433,8 @@ def to_uint8(clips):
 
 # ------------------------------------------------------------------------------------------------------- mean
 MEAN_MODES = ("interpolate-2", "interpolate-3", "predict-post", "predict-pre", "i2v", "it2v")
-MEAN_COLUMNS = {"ours": "mean", "latent blend": "blend of latents", "blend": "blend of pictures",
-                "copy": "copy", "flow": "flow", "ceiling": "autoencoder"}
+MEAN_COLUMNS = {"ours": "mean", "latent bridge": "bridge of latents", "bridge": "bridge of pictures",
+                "blend": "blend of pictures", "copy": "copy", "flow": "flow", "ceiling": "autoencoder"}
 
 
 @torch.no_grad()
@@ -442,12 +448,12 @@ def latents_of(model, clips):
 
 @torch.no_grad()
 def one_step(net, z, noise, text, mask, batch):
-    """Latents, noise (n, t, c, h, w), text tokens and bool mask (t,) -> (one-step means, blend of the given
-    frames), both (n, t, c, h, w)."""
+    """Latents, noise (n, t, c, h, w), text tokens and bool mask (t,) -> (one-step means, bridge and blend of
+    the given frames), each (n, t, c, h, w)."""
     given = torch.from_numpy(mask).to(z.device).expand(len(z), -1)
     means = [net.mean(z[i], noise[i], text[i], given[i], torch.ones_like(given[i])).float()
              for i in torch.arange(len(z)).split(batch)]
-    return torch.cat(means), rdtf.blend(z, given)
+    return torch.cat(means), rdtf.bridge(z, given, torch.ones_like(given)), rdtf.blend(z, given)
 
 
 def squared_errors(z, fakes, made):
@@ -459,9 +465,9 @@ def squared_errors(z, fakes, made):
 def one_step_means(model, clips, captions, modes, args, rivals=True):
     """The error of the one-step mean, in latents and in pixels, beside what needs no training.
 
-    -> {mode: {"EV": (value, half width), "ours" | "latent blend" | "ceiling" | rival: PSNR likewise}}. EV =
-    1 - squared error of the mean / squared error of the blend of the latents, over all made frames. rivals:
-    also what is beside it."""
+    -> {mode: {"EV", "EV bridge": (value, half width), "ours", "latent bridge", "ceiling", rivals: PSNR
+    likewise}}. EV = 1 - squared error / that of the linear blend of the latents, over all made frames, of the
+    mean and of the bridge that it starts from. rivals: also what is beside it."""
     net, vae, device = model.model, model.vae, model.model.abar.device
     n, found = len(clips), {}
     with autocast(args, device):
@@ -469,23 +475,25 @@ def one_step_means(model, clips, captions, modes, args, rivals=True):
         for mode in modes:
             mask, with_text = mode_of(mode)
             text = net.text.tokenize(captions if with_text else [""] * n).to(device)
-            means, start = one_step(net, z, noise, text, mask, args.batch)
-            known = ratio(*squared_errors(z, (means, start), ~mask))
-            row = found[mode] = {"EV": interval(lambda w: 1 - known(w), n, args.draws)}
+            means, start, flat = one_step(net, z, noise, text, mask, args.batch)
+            *errors, base = squared_errors(z, (means, start, flat), ~mask)
+            row = found[mode] = {key: interval(lambda w, known=ratio(e, base): 1 - known(w), n, args.draws)
+                                 for key, e in zip(("EV", "EV bridge"), errors)}
             methods = {"ours": decode(vae, means, z, clips, mask)}
             if rivals:
                 methods |= {**rivals_of(mode, clips, mask), "ceiling": decode(vae, z, z, clips, mask),
-                            "latent blend": decode(vae, start, z, clips, mask)}
+                            "latent bridge": decode(vae, start, z, clips, mask)}
             for name, fake in methods.items():
                 row[name] = interval(mean(psnr(clips, fake, ~mask), None), n, args.draws)
     return found
 
 
 def mean_table(found):
-    lines = ["| | EV | " + " | ".join(f"{name} dB" for name in MEAN_COLUMNS.values()) + " |",
-             "|---" * (2 + len(MEAN_COLUMNS)) + "|"]
+    lines = ["| | EV | bridge | " + " | ".join(f"{name} dB" for name in MEAN_COLUMNS.values()) + " |",
+             "|---" * (3 + len(MEAN_COLUMNS)) + "|"]
     for mode, row in found.items():
-        cells = [f"{row['EV'][0]:.3f} ± {row['EV'][1]:.3f}", "{:.2f} ± {:.2f}".format(*row["ours"])]
+        cells = [f"{row['EV'][0]:.3f} ± {row['EV'][1]:.3f}", f"{row['EV bridge'][0]:.3f}",
+                 "{:.2f} ± {:.2f}".format(*row["ours"])]
         cells += [f"{row[name][0]:.2f}" if name in row else "" for name in list(MEAN_COLUMNS)[1:]]
         lines.append("| " + " | ".join([mode, *cells]) + " |")
     return "\n".join(lines)
@@ -521,8 +529,8 @@ def gap_errors(model, clips, captions, args):
             i = np.arange(FRAMES)
             mask = i % d == 0
             between = ~mask & (i < np.flatnonzero(mask)[-1])
-            fakes = one_step(model.model, z, noise, text, mask, args.batch)
-            found[d] = (*squared_errors(z, fakes, between), int(between.sum()) * z[0, 0].numel())
+            means, _, flat = one_step(model.model, z, noise, text, mask, args.batch)
+            found[d] = (*squared_errors(z, (means, flat), between), int(between.sum()) * z[0, 0].numel())
     return found
 
 
@@ -609,7 +617,8 @@ def rivals_of(mode, real, mask, retrieved=None):
         return {"nearest caption": retrieved, "still (true first frame)": copy_nearest(real, FIRST)}
     rivals = {"copy": copy_nearest(real, mask)}
     if mask.sum() > 1:
-        rivals |= {"blend": linear_blend(real, mask), "flow": flow_warp(real, mask)}
+        rivals |= {"blend": linear_blend(real, mask), "bridge": loop_bridge(real, mask),
+                   "flow": flow_warp(real, mask)}
     return rivals
 
 

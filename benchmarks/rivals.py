@@ -184,16 +184,16 @@ def frame_similarity_prior():
     blurred copy (9 of 64 latents, as theirs), noised to the first step: with `zero_snr` nothing is left."""
     denoiser, sample, clip = rdtf.denoiser, rdtf.sample, {}
 
-    def note(model, text, negative, given, cond_mask, *rest):
-        clip.update(model=model, given=given, mask=cond_mask)
-        return denoiser(model, text, negative, given, cond_mask, *rest)
+    def note(model, text, negative, given, cond_mask, frame_mask, *rest):
+        clip.update(model=model, given=given, mask=cond_mask, real=frame_mask)
+        return denoiser(model, text, negative, given, cond_mask, frame_mask, *rest)
 
     def start(denoise, y, steps, *rest):
         model, given, mask = clip["model"], clip["given"], clip["mask"]
         z = rdtf.blend(given, mask)                                         # b t c h w: copies of it
         size = max(3, z.shape[-1] * 9 // 64 | 1)
         flat = F.avg_pool2d(z.flatten(0, 1), size, 1, size // 2, count_include_pad=False).view_as(z)
-        guess, unit = model.guess(given, mask)
+        guess, unit = model.guess(given, mask, clip["real"])
         half = torch.rand(z.shape, generator=torch.Generator().manual_seed(0)).to(z.device) < 0.5
         prior = (torch.where(half, z, flat) - guess) / unit
         one = (mask.sum(1) == 1).view(-1, 1, 1, 1, 1)

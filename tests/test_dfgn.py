@@ -336,8 +336,8 @@ def test_inputs_tell_the_guess_both_masks_and_the_frame_number():
     seen = []
     net.condition_encoder.register_forward_hook(lambda m, i, o: seen.append(i[0]))
     features = net.condition(cond, context, given, real).features.unflatten(0, (2, 8))
-    guess, unit = guess_frames(cond, given)
-    assert torch.equal(seen[0].unflatten(0, (2, 8)), torch.where(real[:, :, None, None, None], guess, 0))
+    guess, unit = guess_frames(cond, given, real)
+    assert torch.equal(seen[0].unflatten(0, (2, 8)), guess)
     for channel, want in ((4, given.float()), (5, real.float()), (6, unit.log().view(2, 1).expand(2, 8))):
         assert torch.equal(features[:, :, channel], want[:, :, None, None].expand(2, 8, 8, 8))
     order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])

@@ -239,6 +239,19 @@ def test_no_pass_is_wasted_and_conditions_are_computed_once(here, monkeypatch, c
     assert calls == [count] * 4 and conditions == [1]
 
 
+def test_between_given_frames_the_caption_counts_once(here, monkeypatch):
+    """Unless told otherwise, and only where the network starts from the frames."""
+    scales, denoiser = [], rdtf.denoiser
+    monkeypatch.setattr(rdtf, "denoiser", lambda *a: scales.append(a[6]) or denoiser(*a))
+    for name, more in (("ours.pt", {}), ("ours.pt", {"negative": "dog"}), ("ours.pt", {"text_scale": 2.0}),
+                       ("micro.pt", {})):
+        loaded = load_model(name)
+        for count in (0, 1, 2):
+            cond = np.arange(8)[None] < count
+            sample_clips(loaded, ["cat"], torch.rand(1, 8, 4, 32, 32), cond, steps=1, **more)
+    assert scales == [3, 3, 1, 3, 3, 3, 2, 2, 2, 3, 3, 3]
+
+
 def test_negative_text_steers_without_a_caption_too(here):
     loaded, frames, cond = load_model("micro.pt"), torch.zeros(1, 8, 4, 32, 32), np.zeros((1, 8), bool)
 

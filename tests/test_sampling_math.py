@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rdtf
-from rdtf import (RDTF, Config, alphas_cumprod, blend, denoiser, guess_frames, guidance_weights, q_sample,
-                  sample, target, timestep_embedding, to_y0)
+from rdtf import (RDTF, Config, alphas_cumprod, blend, bridge, denoiser, guess_frames, guidance_weights,
+                  q_sample, sample, target, timestep_embedding, to_y0)
 
 SMALL = dict(widths=(32, 32), layers=1, head_dim=16, context_dim=32, text_layers=1)
 OURS = dict(size=32, narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
@@ -77,25 +77,52 @@ def test_to_y0_undoes_target(prediction):
 # What one would guess
 
 
-def test_blend_is_numpy_interpolation_and_the_unit_a_slow_loop_in_every_pattern():
+def slow_bridge(x, given, n):
+    """One value per frame (t,) -> what is expected of a loop of n frames, one frame at a time."""
+    at, out = [k for k in np.flatnonzero(given) if k < n], np.zeros(len(x))
+    for i in range(n if at else 0):
+        before, after = (sign * min((sign * (i - k)) % n for k in at) for sign in (1, -1))
+        u, v, mean = 8 * before / n, -8 * after / n, x[at].mean()
+        a, b = x[(i - before) % n] - mean, x[(i - after) % n] - mean
+        out[i] = x[i] if i in at else mean + (np.sinh(v) * a + np.sinh(u) * b) / np.sinh(u + v)
+    return out
+
+
+def test_bridge_blend_and_unit_are_slow_loops_in_every_pattern():
     rng = np.random.default_rng(0)
     for _ in range(200):
         t = int(rng.integers(1, 9))
-        given = rng.random((3, t)) < 0.4
+        n = rng.integers(1, t + 1, (3, 1))
+        real = np.arange(t) < n
+        given = (rng.random((3, t)) < 0.4) & real
         x = rng.standard_normal((3, t, 2, 2, 2)) * rng.choice([0.01, 1.0], (3, 1, 1, 1, 1))
         hidden = torch.from_numpy(np.where(wide(given), x, np.nan))         # others are never looked at
-        guess, unit = guess_frames(hidden, torch.from_numpy(given))
-        assert torch.equal(guess, blend(hidden, torch.from_numpy(given)))
+        guess, unit = guess_frames(hidden, torch.from_numpy(given), torch.from_numpy(real))
+        linear = blend(hidden, torch.from_numpy(given))
         for i in range(3):
             at = np.flatnonzero(given[i])
             for j, place in enumerate(np.ndindex(2, 2, 2)):
                 values = x[i, at][(slice(None), *place)]
                 want = np.interp(np.arange(t), at, values) if len(at) else np.zeros(t)
+                assert np.allclose(linear.reshape(3, t, 8)[i, :, j], want)
+                want = slow_bridge(x[i].reshape(t, 8)[:, j], given[i], n[i, 0])
                 assert np.allclose(guess.reshape(3, t, 8)[i, :, j], want)
             jumps = [((x[i, b] - x[i, a]) ** 2).mean() for a, b in zip(at, at[1:])]
             want = math.sqrt(sum(jumps) / len(jumps) + 0.25 ** 2) if jumps else 0.8 if len(at) else 1.0
             assert unit[i].item() == pytest.approx(want)
         assert torch.equal(guess[torch.from_numpy(given)], torch.from_numpy(x[given]))   # bit for bit
+
+
+def test_the_bridge_of_a_loop_turns_with_it():
+    """Where the turn begins makes no difference; frames that agree, and one alone, are what is guessed."""
+    x, given, real = torch.randn(1, 8, 4, 2, 2), torch.zeros(1, 8, dtype=torch.bool), torch.ones(1, 8) > 0
+    given[0, [0, 1, 4]] = True
+    whole = bridge(x, given, real)
+    for k in range(8):
+        assert torch.allclose(bridge(x.roll(k, 1), given.roll(k, 1), real), whole.roll(k, 1), atol=1e-6)
+    assert torch.allclose(bridge(x[:, :1].expand_as(x), given, real), x[:, :1].expand_as(x), atol=1e-6)
+    given[0, [1, 4]] = False
+    assert torch.allclose(bridge(x, given, real), x[:, :1].expand_as(x), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -107,12 +134,12 @@ def test_the_loss_is_the_stated_sum_over_the_frames_that_count(variant):
     """... and whatever padding holds changes neither the loss nor a gradient."""
     m, (x0, noise, given, real) = model(variant).requires_grad_(True), clips()
     cfg, t, tok = m.cfg, torch.tensor([5, 500, 950]), m.text.tokenize(["a", "b", ""])
-    losses = m(x0, noise, t, tok, given, real)                              # b 2
+    losses = m(x0, noise, t, tok, given, real)                              # b 1, b 2 with a draft
     losses.sum().backward()
     grads = {k: p.grad.clone() for k, p in m.named_parameters()}
     for i, n in enumerate((8, 5, 3)):                                       # one clip at a time, by frames
         one = slice(i, i + 1)
-        guess, unit = guess_frames(x0[one], given[one]) if cfg.residual else (torch.zeros(1, *SHAPE[1:]), 1)
+        guess, unit = m.guess(x0[one], given[one], real[one])
         y0, a = (x0[one] - guess) / unit, m.abar[t[i]]
         y = a.sqrt() * y0 + (1 - a).sqrt() * noise[one]
         if cfg.clean:
@@ -123,8 +150,8 @@ def test_the_loss_is_the_stated_sum_over_the_frames_that_count(variant):
             if not (cfg.clean and given[i, f]):
                 v = a.sqrt() * noise[i, f] - (1 - a).sqrt() * y0[0, f]
                 want += ((out[0, f] - (noise[i, f] if cfg.prediction == "eps" else v)) ** 2).sum().item()
-        drawn = 0.0 if told.draft is None else ((told.draft - x0[one])[0, :n] ** 2).sum().item()
-        assert losses[i].tolist() == pytest.approx([x / (8 * 4 * 8 * 8) for x in (want, drawn)], rel=1e-4)
+        drawn = [((told.draft - x0[one])[0, :n] ** 2).sum().item()] if cfg.draft else []
+        assert losses[i].tolist() == pytest.approx([x / (8 * 4 * 8 * 8) for x in (want, *drawn)], rel=1e-4)
     m.zero_grad()
     x0[1, 5:], noise[2, 3:] = math.nan, math.inf                            # padding may hold anything
     again = m(x0, noise, t, tok, given, real)
@@ -138,7 +165,7 @@ def test_a_perfect_network_has_no_loss_and_all_of_the_motion(variant):
     """An oracle that knows x_0: loss 0; the one-step mean is x_0 (EV 1), the sampler ends at x_0. One that
     says that nothing differs from the guess has EV 0 and samples the guess."""
     m, (x0, noise, given, real) = model(variant), clips()
-    guess, unit = m.guess(x0, given)
+    guess, unit = m.guess(x0, given, real)
     tok, knows = m.text.tokenize(["", "", ""]), [True]
 
     def oracle(y, t, *rest, **condition):
@@ -193,7 +220,7 @@ def test_guidance_equals_three_plain_calls(variant, scales):
     y = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))
     text, none = m.text.tokenize(["a red star", "a cat", "a sun"]), m.text.tokenize(["dog"] * 3)
     t, (st, si) = torch.tensor([400, 900, 10]), scales
-    guess, unit = m.guess(x0, given)
+    guess, unit = m.guess(x0, given, real)
     entered, a = m.noised((x0 - guess) / unit, noise, t, given)             # as in training
     seen = torch.where(wide(given), entered, y)
 

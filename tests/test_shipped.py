@@ -1,5 +1,6 @@
 """The checkpoint in weights/: what a fresh clone can do without training."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import sample
 import train
 from curriculum import make_masks
 from data import draw_clip, open_stickers, premultiply, read_sticker
-from rdtf import guess_frames, load_model
+from rdtf import blend, load_model
 
 pytestmark = pytest.mark.skipif(not sample.SHIPPED.exists(), reason=f"{sample.SHIPPED.name} is not there")
 STICKERS = sample.BUILT_IN[0].parents[1]
@@ -38,22 +39,25 @@ def test_the_colour_is_that_of_the_caption(tmp_path, monkeypatch, channel, capti
 
 
 def test_frames_between_of_moving_characters_are_nearer_than_copies(tmp_path, monkeypatch):
-    """Of the first six built-in ones; measured: 0.52 of a copy's squared error."""
+    """Of the first six built-in ones, with their captions; measured: 0.26 of a copy's squared error."""
     monkeypatch.chdir(tmp_path)                             # no runs/ here: the shipped one is taken
     ours, copies = 0.0, 0.0
+    lines = (STICKERS / "characters" / "metadata.jsonl").read_text().splitlines()
+    captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
     for path in (STICKERS / "characters" / f"{i:08d}.webp" for i in range(1, 7)):
-        sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7"])
+        sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7", "--text",
+                     captions[path.name]])
         files = ("sticker.webp", path)
         made, truth = (premultiply(read_sticker(p)[0][:7]).astype(float) / 255 for p in files)
         assert np.array_equal(made[::2], truth[::2])
         ours += ((made - truth)[1::2] ** 2).mean()
         copies += ((truth[0:6:2] - truth[1::2]) ** 2).mean()        # of the two neighbours the one before
-    assert ours < 0.7 * copies                              # 1.5 dB
+    assert ours < 0.5 * copies                              # 3 dB
 
 
 @pytest.mark.parametrize("task, least", [("interpolate", 0.13), ("predict_post", 0.3)])
 def test_its_mean_knows_more_of_fluent_stickers_than_a_blend(task, least):
-    """EV of 24 built-in ones; measured 0.17 and 0.34."""
+    """EV of 24 built-in ones; measured 0.16 and 0.37."""
     model, vae, cfg, _ = load_model(sample.SHIPPED)
     stickers = open_stickers(STICKERS / "fluent", cfg.size).encode(vae)
     rows = [i for i in range(len(stickers)) if stickers.index["count"][i] >= 8][:24]
@@ -62,8 +66,8 @@ def test_its_mean_knows_more_of_fluent_stickers_than_a_blend(task, least):
     cond, real = (torch.from_numpy(np.repeat(m[None], len(rows), 0)) for m in make_masks(task, 8, choice=0))
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     mean = model.mean(x0, noise, model.text.tokenize([stickers.caption(i) for i in rows]), cond, real)
-    ours, blend = (((x - x0)[~cond] ** 2).mean().item() for x in (mean, guess_frames(x0, cond)[0]))
-    assert 1 - ours / blend > least
+    ours, guess = (((x - x0)[~cond] ** 2).mean().item() for x in (mean, blend(x0, cond)))
+    assert 1 - ours / guess > least
 
 
 def test_without_any_flag_there_is_a_sticker(tmp_path, monkeypatch, capsys):
