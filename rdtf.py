@@ -444,11 +444,11 @@ def blend(given, cond_mask):
 
 
 def bridge(given, cond_mask, frame_mask):
-    """The same shapes -> what one would guess of a sticker, which is a loop: after its last real frame comes
-    the first (ours). It knows nothing of a picture, and had learnt as much of Fluent as 16,820 updates.
+    """Latents (b, t, c, h, w), given where cond_mask (b, t) is True, real where frame_mask is -> a guess at the
+    other real frames of a loop: after its last frame comes the first (ours; why: benchmarks/README.md).
 
-    A loop is taken for an Ornstein-Uhlenbeck process: its correlation falls by e in an eighth of a turn. So a
-    frame u eighths behind a given one and v before the next differs from the mean of the given frames by
+    A loop is taken for an Ornstein-Uhlenbeck process whose correlation falls by e in an eighth of a turn. So
+    a frame u eighths behind a given one and v before the next differs from the mean of all given frames by
     (sinh(v) difference of the one + sinh(u) difference of the other) / sinh(u + v)."""
     b, t = cond_mask.shape
     before, after = neighbours(cond_mask)
