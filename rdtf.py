@@ -444,8 +444,8 @@ def blend(given, cond_mask):
 
 
 def bridge(given, cond_mask, frame_mask):
-    """Latents (b, t, c, h, w), given where cond_mask (b, t) is True, real where frame_mask is -> a guess at the
-    other real frames of a loop: after its last frame comes the first (ours; why: benchmarks/README.md).
+    """Latents (b, t, c, h, w), given where cond_mask (b, t) is True, real where frame_mask is -> a guess at
+    the other real frames of a loop: after its last frame comes the first (ours; why: benchmarks/README.md).
 
     A loop is taken for an Ornstein-Uhlenbeck process whose correlation falls by e in an eighth of a turn. So
     a frame u eighths behind a given one and v before the next differs from the mean of all given frames by
