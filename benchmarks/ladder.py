@@ -193,7 +193,7 @@ def table(args):
         cells = [f"{last['modes'][m]['EV'][0]:.3f} | {last['modes'][m]['ours'][0]:.2f}" for m in MODES]
         rows.append(f"| {name}: {RUNGS[name.rsplit('-', 1)[0]].what} | {last['seconds'] / 60:.1f} | "
                     f"{last['step']} | {' | '.join(cells)} |")
-    for rival in ("latent bridge", "bridge", "copy", "blend", "flow", "ceiling"):
+    for rival in list(quality.MEAN_COLUMNS)[1:]:
         known = next((runs[n][-1]["modes"] for n in order if "copy" in runs[n][-1]["modes"][MODES[0]]), {})
         cells = [f" | {known[m][rival][0]:.2f}" if rival in known.get(m, {}) else " | " for m in MODES]
         rows.append(f"| {rival} | | | {' | '.join(cells)} |")

@@ -207,15 +207,19 @@ def copy_nearest(clips, mask):
     return clips[:, [given[np.abs(given - t).argmin()] for t in range(clips.shape[1])]]
 
 
+def given_in(clips, mask, device="cpu"):
+    """bool mask (t,) -> the same for each of n clips, a tensor (n, t)."""
+    return torch.from_numpy(np.array(mask)).to(device).expand(len(clips), -1)
+
+
 def linear_blend(clips, mask):
     """Cross-fade of the two nearest given frames, premultiplied; outside of them the nearest one."""
-    given = torch.from_numpy(np.array(mask)).expand(len(clips), -1)
-    return rdtf.blend(torch.from_numpy(np.ascontiguousarray(clips)), given).numpy()
+    return rdtf.blend(torch.from_numpy(np.ascontiguousarray(clips)), given_in(clips, mask)).numpy()
 
 
 def loop_bridge(clips, mask):
     """What ours starts from (rdtf.bridge), but of pictures."""
-    given = torch.from_numpy(np.array(mask)).expand(len(clips), -1)
+    given = given_in(clips, mask)
     return rdtf.bridge(torch.from_numpy(np.ascontiguousarray(clips)), given, torch.ones_like(given)).numpy()
 
 
@@ -421,8 +425,7 @@ def generate(model, clips, captions, mask, args, seeds):
 @torch.no_grad()
 def decode(vae, x, z, clips, mask):
     """Latents x (n, t, c, h, w) of made frames, z of `clips` -> clips (n, t, h, w, 4), as in sampling."""
-    given = torch.from_numpy(mask).to(z.device).expand(len(clips), -1)
-    made = rdtf.decode_clips(vae, x, z, to_torch(clips, z.device), given)
+    made = rdtf.decode_clips(vae, x, z, to_torch(clips, z.device), given_in(clips, mask, z.device))
     return made.cpu().permute(0, 1, 3, 4, 2).numpy()
 
 
@@ -447,13 +450,10 @@ def latents_of(model, clips):
 
 
 @torch.no_grad()
-def one_step(net, z, noise, text, mask, batch):
-    """Latents, noise (n, t, c, h, w), text tokens and bool mask (t,) -> (one-step means, bridge and blend of
-    the given frames), each (n, t, c, h, w)."""
-    given = torch.from_numpy(mask).to(z.device).expand(len(z), -1)
-    means = [net.mean(z[i], noise[i], text[i], given[i], torch.ones_like(given[i])).float()
-             for i in torch.arange(len(z)).split(batch)]
-    return torch.cat(means), rdtf.bridge(z, given, torch.ones_like(given)), rdtf.blend(z, given)
+def one_step(net, z, noise, text, given, batch):
+    """Latents, noise (n, t, c, h, w), text tokens and bool (n, t) -> one-step means like the latents."""
+    return torch.cat([net.mean(z[i], noise[i], text[i], given[i], torch.ones_like(given[i])).float()
+                      for i in torch.arange(len(z)).split(batch)])
 
 
 def squared_errors(z, fakes, made):
@@ -475,8 +475,10 @@ def one_step_means(model, clips, captions, modes, args, rivals=True):
         for mode in modes:
             mask, with_text = mode_of(mode)
             text = net.text.tokenize(captions if with_text else [""] * n).to(device)
-            means, start, flat = one_step(net, z, noise, text, mask, args.batch)
-            *errors, base = squared_errors(z, (means, start, flat), ~mask)
+            given = given_in(z, mask, z.device)
+            means = one_step(net, z, noise, text, given, args.batch)
+            start = rdtf.bridge(z, given, torch.ones_like(given))
+            *errors, base = squared_errors(z, (means, start, rdtf.blend(z, given)), ~mask)
             row = found[mode] = {key: interval(lambda w, known=ratio(e, base): 1 - known(w), n, args.draws)
                                  for key, e in zip(("EV", "EV bridge"), errors)}
             methods = {"ours": decode(vae, means, z, clips, mask)}
@@ -529,8 +531,9 @@ def gap_errors(model, clips, captions, args):
             i = np.arange(FRAMES)
             mask = i % d == 0
             between = ~mask & (i < np.flatnonzero(mask)[-1])
-            means, _, flat = one_step(model.model, z, noise, text, mask, args.batch)
-            found[d] = (*squared_errors(z, (means, flat), between), int(between.sum()) * z[0, 0].numel())
+            given = given_in(z, mask, z.device)
+            fakes = one_step(model.model, z, noise, text, given, args.batch), rdtf.blend(z, given)
+            found[d] = (*squared_errors(z, fakes, between), int(between.sum()) * z[0, 0].numel())
     return found
 
 

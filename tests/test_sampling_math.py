@@ -79,11 +79,11 @@ def test_to_y0_undoes_target(prediction):
 
 def slow_bridge(x, given, n):
     """One value per frame (t,) -> what is expected of a loop of n frames, one frame at a time."""
-    at, out = [k for k in np.flatnonzero(given) if k < n], np.zeros(len(x))
-    for i in range(n if at else 0):
-        before, after = (sign * min((sign * (i - k)) % n for k in at) for sign in (1, -1))
-        u, v, mean = 8 * before / n, -8 * after / n, x[at].mean()
-        a, b = x[(i - before) % n] - mean, x[(i - after) % n] - mean
+    at, out = np.flatnonzero(given), np.zeros(len(x))
+    for i in range(n if len(at) else 0):
+        before, after = min((i - k) % n for k in at), min((k - i) % n for k in at)
+        u, v, mean = 8 * before / n, 8 * after / n, x[at].mean()
+        a, b = x[(i - before) % n] - mean, x[(i + after) % n] - mean
         out[i] = x[i] if i in at else mean + (np.sinh(v) * a + np.sinh(u) * b) / np.sinh(u + v)
     return out
 
