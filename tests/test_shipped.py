@@ -38,21 +38,23 @@ def test_the_colour_is_that_of_the_caption(tmp_path, monkeypatch, channel, capti
     assert premultiply(frames)[..., :3].mean((0, 1, 2)).argmax() == channel
 
 
-def test_frames_between_of_moving_characters_are_nearer_than_copies(tmp_path, monkeypatch):
-    """Of the first six built-in ones, with their captions; measured: 0.26 of a copy's squared error."""
+@pytest.mark.parametrize("told, most", [(True, 0.5), (False, 0.7)])         # 3 dB, 1.5 dB
+def test_frames_between_of_moving_characters_are_nearer_than_copies(tmp_path, monkeypatch, told, most):
+    """Of the first six built-in ones, with and without their captions; measured: 0.26 and 0.68 of a copy's
+    squared error, without one 0.68 in bf16, too."""
     monkeypatch.chdir(tmp_path)                             # no runs/ here: the shipped one is taken
     ours, copies = 0.0, 0.0
     lines = (STICKERS / "characters" / "metadata.jsonl").read_text().splitlines()
     captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
     for path in (STICKERS / "characters" / f"{i:08d}.webp" for i in range(1, 7)):
         sample.main(["--mode", "interpolate", "--input", str(path), "--every", "2", "--length", "7", "--text",
-                     captions[path.name]])
+                     captions[path.name] if told else ""])
         files = ("sticker.webp", path)
         made, truth = (premultiply(read_sticker(p)[0][:7]).astype(float) / 255 for p in files)
         assert np.array_equal(made[::2], truth[::2])
         ours += ((made - truth)[1::2] ** 2).mean()
         copies += ((truth[0:6:2] - truth[1::2]) ** 2).mean()        # of the two neighbours the one before
-    assert ours < 0.5 * copies                              # 3 dB
+    assert ours < most * copies
 
 
 @pytest.mark.parametrize("task, least", [("interpolate", 0.13), ("predict_post", 0.3)])
