@@ -1183,7 +1183,7 @@ def decode_clips(vae, x, z, frames, cond_mask):
     latents are z.
 
     What the autoencoder loses of the given frames is known. Made frames get their blend of it back where they
-    show what the blend of the given ones shows (ours: 0.5 dB between frames, benchmarks/README.md)."""
+    show what the blend of the given ones shows (ours: 0.5 dB between Fluent frames, benchmarks/README.md)."""
     given = spread(cond_mask)
     clip = torch.stack([vae.decode(row) for row in torch.where(given, z, x)]).float()
     lost, seen = blend(frames - clip, cond_mask), blend(clip, cond_mask)
