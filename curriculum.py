@@ -82,7 +82,7 @@ class Curriculum:
             raise ValueError(f"curriculum {kind!r}: choose one of none, linear, adaptive")
         self.kind, self.total, self.tasks, self.made = kind, max(total, 1), tuple(dict.fromkeys(tasks)), made
         self.times = np.array([tuple(tasks).count(t) for t in self.tasks])
-        self.losses, self.scores, self.known = [], [], {}
+        self.losses, self.scores = [], []
 
     def record(self, loss):
         """The loss of one update, a mean over everything -> its score is kept, too:
@@ -116,9 +116,7 @@ class Curriculum:
 
     def allowed(self, task, n):
         """Can a clip of n real frames train this task?"""
-        if (task, n) not in self.known:                                     # asked for every sample of a run
-            self.known[task, n] = any(len(x) < n or not self.made for x in TASKS[task].given(n))
-        return self.known[task, n]
+        return any(len(x) < n or not self.made for x in TASKS[task].given(n))
 
     def draw(self, weights, n, rng):
         """A task for a clip of n real frames; one uniform number of rng is used whatever the weights are."""

@@ -146,7 +146,8 @@ def _video_frames(path):
 
 def _image_frames(path):
     with Image.open(path, formats=IMAGES) as image:
-        count, size = getattr(image, "n_frames", 1), image.size
+        photo = image.format in ("JPEG", "MPO")        # a camera's MPO is a JPEG with another view behind it
+        count, size = 1 if photo else getattr(image, "n_frames", 1), image.size
         _limit(path, count, size)
         # An APNG may carry a picture for old viewers that is none of its frames.
         start = int(image.format == "PNG" and count > 1 and bool(image.info.get("default_image")))
@@ -154,7 +155,7 @@ def _image_frames(path):
             try:
                 image.seek(i)
                 image.load()               # WebP knows a frame's duration only after load()
-                frame = _rgba(ImageOps.exif_transpose(image) if image.format == "JPEG" else image)
+                frame = _rgba(ImageOps.exif_transpose(image) if photo else image)
             except Exception as error:
                 raise DataError(f"{path}: damaged at frame {i} of {count} ({_reason(error, path)}); "
                                 f"replace or delete it") from error
@@ -346,7 +347,8 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     frames, row, loops = np.asarray(frames), PLATFORMS.get(platform), 0
     if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
         raise DataError(f"{path}: frames must be uint8 (t, h, w, 4), not {frames.dtype} {frames.shape}")
-    times, lost, count = [max(10, int(d)) for d in np.broadcast_to(durations, len(frames))], [], len(frames)
+    times = np.broadcast_to(np.clip(durations, 10, 600_000), len(frames))   # a GIF's go to 11 minutes a frame
+    times, lost, count = [int(ms) for ms in times], [], len(frames)
     if row:
         suffix, max_kb = row.suffix.replace(".png", ".apng"), row.kb
         frames, times, loops, lost = fit_platform(frames, times, row)
@@ -514,6 +516,9 @@ def _read_metadata(path):
             if line.strip():
                 row = json.loads(line)
                 rows[str(row["file_name"])] = row
+                tags, split = row.get("tags") or [], row.get("split") or SPLITS[0]
+                if not isinstance(tags, list) or split not in SPLITS:
+                    raise ValueError("tags are a list of words, split is train or held_out")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 "
                             f"({error}); correct it") from error
@@ -745,7 +750,8 @@ def encode_frames(vae, frames, batch=32):
     from rdtf import has_bf16
     if frames.shape[-1] % vae.f:
         raise DataError(f"--size {frames.shape[-1]}: must be a multiple of {vae.f}, the VAE's reduction")
-    device, parts = vae.mean.device, []
+    device, shape = vae.mean.device, (0, len(vae.mean), *(x // vae.f for x in frames.shape[2:]))
+    parts = [np.zeros(shape, np.float16)]                                   # a shard may have no frame at all
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
         for i in tqdm(range(0, len(frames), batch), "encoding", leave=False, disable=None):
             x = torch.from_numpy(np.array(frames[i:i + batch])).to(device).float() / 255
@@ -879,9 +885,10 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
     whole shard. The store replaces an old one at the end, but never anything else.
     """
     out, inputs = Path(out).resolve(), hashlib.blake2b(inputs.encode()).hexdigest()
-    if out.exists() and not (out / "meta.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: exists and is no prepared store; choose another --out")
     work = out.with_name(out.name + ".partial")
+    for path, mark in (out, "meta.json"), (work, "inputs"):
+        if path.exists() and not (path / mark).exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DataError(f"{path}: exists and is no prepared store; choose another --out")
     if (out / "inputs").exists() and (out / "inputs").read_text() == inputs:
         print(f"{out}: already prepared from these files")
         return open_store(out)
@@ -1041,7 +1048,8 @@ def read_metadata(path):
         text = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
         text = re.sub(r"\\(.)", r"\1", (re.findall(r"(?i)^comment=(.*)", text, re.M) or [""])[0])
     else:
-        with Image.open(path, formats=IMAGES) as image:
+        text = ""
+        with contextlib.suppress(SyntaxError), Image.open(path, formats=IMAGES) as image:   # EXIF may be junk
             text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(0x010E)
     try:
         return dict(json.loads(text or "{}"))

@@ -492,7 +492,7 @@ class Condition(NamedTuple):
     features: torch.Tensor                # (b t) c' h w: the condition encoder's, masks, the draft
     kv: list                              # (keys, values) of each layer with attention, None for others
     pooled: torch.Tensor | float          # b d, added to the step's embedding; 0 without pooled_text
-    frame_mask: torch.Tensor | None       # b t bool, True = real frame; None = all are
+    real: torch.Tensor                    # b t bool, False = padding
     draft: torch.Tensor | None            # b t c h w, what the caption alone says; part of the features
 
 
@@ -578,16 +578,15 @@ class DFGN(nn.Module):
         features = self.condition_encoder(given.flatten(0, 1))              # (b t) c h w
         features = torch.cat([features, *(x.to(features.dtype) for x in extra)], 1)
         kv = [m.spatial.block.attn2.project_context(context) if m.spatial else None for m in self.layers()]
-        return Condition(features, kv, pooled, frame_mask, draft)
+        return Condition(features, kv, pooled, real, draft)
 
     def forward(self, x, t, given=None, context=None, cond_mask=None, frame_mask=None, condition=None):
         if condition is None:
             condition = self.condition(given, context, cond_mask, frame_mask)
         emb = self.time(timestep_embedding(t, self.cfg.widths[0])) + condition.pooled
         emb = F.silu(emb)                                                   # b d, for all frames and layers
-        if condition.frame_mask is not None:
-            x = torch.where(spread(condition.frame_mask), x, 0)
         b, f = x.shape[:2]
+        x = torch.where(spread(condition.real), x, 0)                       # b t c h w
         entered = torch.cat([x.flatten(0, 1), condition.features.to(x.dtype)], 1)         # (b t) c+c' h w
         x = self.conv_in(entered)                                           # (b t) w0 h w
         if self.number is not None:
@@ -899,7 +898,8 @@ def read_weights(path):
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(str(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        return data if isinstance(data, dict) else {}
     except ImportError as e:
         raise ImportError(f"{path} needs an optional package: pip install safetensors") from e
     except FileNotFoundError:
@@ -912,7 +912,7 @@ def load_vae(path):
     """The autoencoder of one of our checkpoints, or Stable Diffusion's -> frozen AutoencoderKL. ValueError,
     one line, for any other file."""
     data = read_weights(path)
-    if isinstance(data, dict) and data.get("stage") == "lora":
+    if data.get("stage") == "lora":
         raise ValueError(f"{path}: a LoRA alone, for sample.py --lora; name what it was trained on")
     try:
         if "vae" in data:
@@ -1071,7 +1071,7 @@ def sample(denoise, y, steps=50, sampler="ddim", eta=1.0, noise=None, callback=N
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler={sampler!r}: choose one of {', '.join(SAMPLERS)}")
     noise = noise or (lambda: torch.randn_like(y))
-    abar, ts = (alphas_cumprod() if abar is None else abar).double().tolist(), timesteps(steps)
+    abar, ts = (alphas_cumprod() if abar is None else abar).tolist(), timesteps(steps)
     old = None                                                              # (y0, log-SNR) of the step before
     for i, t in enumerate(ts):
         a, a_next = abar[t], abar[ts[i + 1]] if i + 1 < steps else 1.0
@@ -1140,10 +1140,9 @@ def load_model(path, device="cpu"):
     """A checkpoint of train.py, whole or exported -> Loaded, in fp32, with the averaged weights where there
     are any. ValueError, one line, for any other file."""
     data = read_weights(path)
-    about = data if isinstance(data, dict) else {}
-    if about.get("format") != FORMAT or about.get("stage") != "main":
+    if data.get("format") != FORMAT or data.get("stage") != "main":
         alone = {"vae": "an autoencoder alone", "lora": "a LoRA alone, for sample.py --lora"}
-        what = alone.get(about.get("stage"), "no checkpoint of this version of rdtf")
+        what = alone.get(data.get("stage"), "no checkpoint of this version of rdtf")
         raise ValueError(f"{path}: {what}; use a run's last.pt")
     try:
         cfg = Config(**data["config"])
@@ -1165,12 +1164,11 @@ def load_lora(path, loaded):
     """What `train.py --lora` exported -> into the weights of the model it was trained on. ValueError, one
     line, for any other file or model."""
     data = read_weights(path)
-    about = data if isinstance(data, dict) else {}
-    if about.get("format") != FORMAT or about.get("stage") != "lora" or "lora" not in about:
+    if data.get("format") != FORMAT or data.get("stage") != "lora" or "lora" not in data:
         raise ValueError(f"{path}: no LoRA of this version of rdtf; write one with train.py --lora, --export")
-    if about.get("base") != fingerprint(loaded.model.state_dict()):
+    if data.get("base") != fingerprint(loaded.model.state_dict()):
         raise ValueError(f"{path}: trained on top of another checkpoint; give that one with --ckpt")
-    merge_lora(loaded.model, to_device(about["lora"], loaded.vae.mean.device))
+    merge_lora(loaded.model, to_device(data["lora"], loaded.vae.mean.device))
 
 
 def to_device(x, device):

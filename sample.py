@@ -268,7 +268,8 @@ def check(args):
         (a.platform and (a.size or a.max_kb), "--size or --max-kb with --for: remove it, --for says both"),
         (a.platform and a.frames == 1, "--frames 1 with --for: a moving sticker has 2 frames or more"),
         (Path(a.out).is_dir(), f"--out {a.out}: is a folder; name a file"),
-        (Path(a.out) in map(Path, [a.image, *a.input]), f"--out {a.out}: is the input; choose another"),
+        (Path(a.out).resolve() in [Path(x).resolve() for x in (a.image, *a.input)],
+         f"--out {a.out}: is the input; choose another"),
     ]:
         if bad:
             raise DataError(message)

@@ -390,7 +390,7 @@ def load_checkpoint(path, stage, cfg=None):
     try:
         data = read_weights(path)
         assert data["format"] == FORMAT and data["stage"] == stage
-        old = Config(**data["config"])
+        old, _ = Config(**data["config"]), data["optimizers"]                # an exported file has none
     except Exception as e:                                                  # broken files raise anything
         raise DataError(f"{path}: no {stage} checkpoint of this version ({type(e).__name__}); move it away "
                         "or choose another --out")
@@ -427,7 +427,7 @@ def read_log(path):
     """log.jsonl -> {(stage, step): line}. A resumed run appends: of lines with one step the last one counts.
     Half-written lines are left out."""
     lines = {}
-    for text in Path(path).read_text(errors="replace").splitlines():
+    for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
         try:
             line = json.loads(text)
             lines[line["stage"], line["step"]] = line
@@ -763,6 +763,8 @@ def export(args):
         raise DataError(f"--export: {path} does not exist; train first, or name the run with --out")
     if args.export.endswith(".safetensors"):
         raise DataError(f"--export {args.export}: writes a PyTorch file; end it in .pt")
+    if Path(args.export).resolve() == path.resolve():
+        raise DataError(f"--export {args.export}: is the run's own checkpoint; choose another name")
     data = load_checkpoint(path, "main")
     kept = ("format", "stage", "step", "config", "vae_id", "text_encoder", "fingerprint")
     small, weights = {k: data[k] for k in kept}, {k: v.half() for k, v in data["ema"].items()}

@@ -317,6 +317,8 @@ def test_writing_nonsense_is_refused_and_leaves_no_file(tmp_path):
         with pytest.raises(data.DataError, match="a"):
             data.write_sticker(tmp_path / name, frames, times)
     assert not list(tmp_path.iterdir())
+    data.write_sticker(tmp_path / "slow.gif", good, 10 ** 9)             # more than a GIF's two bytes hold
+    assert data.read_sticker(tmp_path / "slow.gif")[1] == [600_000] * 2
 
 
 # Keyframes --------------------------------------------------------------------------------------------------
@@ -399,9 +401,10 @@ def test_captions_tags_and_splits(tmp_path):
                                               ["one.webp", "uno ✨", ["food", "red"]],
                                               ["two-of_them.webp", "two of them", []]]
     assert s.select("held_out").tolist() == [1] and s.caption(1) == "uno ✨, food"
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "one.webp"}\nnonsense\n')
-    with pytest.raises(data.DataError, match="line 2"):
-        data.list_stickers(tmp_path)
+    for bad in ('nonsense', '{"file_name": "x", "tags": "cute"}', '{"file_name": "x", "split": "test"}'):
+        (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "one.webp"}}\n{bad}\n')
+        with pytest.raises(data.DataError, match="line 2"):
+            data.list_stickers(tmp_path)
 
 
 def test_a_caption_is_drawn_from_name_and_tags_by_the_rng_alone():
@@ -540,6 +543,7 @@ def test_latents_on_the_fly_equal_latents_prepared_and_another_vae_is_refused(tm
     assert store.encode(vae) is store
     with pytest.raises(data.DataError, match="prepare it again"):
         store.encode(HalfVAE("two"))
+    assert data.encode_frames(vae, np.zeros((0, 4, 32, 32), np.uint8)).shape == (0, 4, 16, 16)
     vae.f = 5
     with pytest.raises(data.DataError, match="--size 32"):
         data.open_stickers(folder, 32).encode(vae)
@@ -724,6 +728,10 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
             data.main(["prepare", str(good), "--out", str(out), *flags])
         assert stopped.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+    (tmp_path / "o.partial").mkdir()                                      # somebody's own folder
+    (tmp_path / "o.partial" / "thesis.txt").touch()
+    assert data.main(["prepare", str(good), "--out", str(out)]) == 2
+    assert "o.partial" in capsys.readouterr().err and (tmp_path / "o.partial" / "thesis.txt").exists()
     # a broken store is in nobody's way: it is replaced
     assert data.main(["prepare", str(good), "--out", "broken", "--size", "32", "--workers", "0"]) == 0
 
@@ -773,3 +781,12 @@ def test_convert_and_info(tmp_path, capsys):
     assert "4 frames of 32x32, 200 ms" in told and "command: python sample.py --seeds 3" in told
     Image.fromarray(moving(1)[0]).save(tmp_path / "plain.png")
     assert data.read_metadata(tmp_path / "plain.png") == {}
+    Image.fromarray(moving(1)[0]).save(tmp_path / "junk.webp", exif=b"garbage!garbage!")
+    assert data.read_metadata(tmp_path / "junk.webp") == {}
+
+
+def test_a_camera_s_second_view_is_no_second_frame(tmp_path):
+    view, exif = Image.new("RGB", (32, 16), "red"), Image.Exif()
+    exif[0x0112] = 6                                                    # turn it by 90 degrees
+    view.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[view], exif=exif)
+    assert data.read_sticker(tmp_path / "a.jpg")[0].shape == (1, 32, 16, 4)

@@ -477,6 +477,7 @@ WRONG = {   # flags -> what the line must name
     "--text cat --for myspace": "--for",
     "--text cat --out - --seeds 0-3": "one sticker",
     "--image soft.webp --out ./soft.webp": "is the input",
+    "--image soft.webp --out x/../soft.webp": "is the input",
     "--text cat --speed 3": "--speed",
     "--image missing.png": "missing.png",
     "--image broken.webp": "broken.webp",

@@ -42,6 +42,13 @@ def test_every_n_gives_n_different_steps_from_999():
         sample(None, torch.zeros(1), sampler="euler")
 
 
+def test_sampling_asks_the_device_for_no_float64(monkeypatch):
+    """Apple's GPUs have none."""
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: pytest.fail("float64"))
+    for sampler in ("ddim", "dpm"):
+        sample(of_noise(wavy), pair()[1], 3, sampler, abar=ABAR)
+
+
 @pytest.mark.parametrize("n", (1, 2, 7, 13, 30, 50, 1000))
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
 def test_the_state_stays_on_the_line_between_y0_and_noise(n, sampler):

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -520,6 +521,13 @@ def test_exports_are_half_precision_and_can_be_used(store, vae, plain, tmp_path,
     for name, averaged in whole["ema"].items():
         assert torch.equal(small["model"][name], averaged.half())
     assert train.load_vae(tmp_path / "all.pt").fingerprint() == whole["vae_id"] == small["vae_id"]
+    # neither over the run's own checkpoint nor in its place
+    shutil.copy(tmp_path / "all.pt", tmp_path / "last.pt")
+    for out, file, words in ((plain, plain / "last.pt", "own checkpoint"),
+                             (tmp_path, "b.pt", "no main checkpoint")):
+        with pytest.raises(SystemExit):
+            export("--export", file, "--out", out)
+        assert words in capsys.readouterr().err
     # a run that starts from it: with no rate the weights stay, and its autoencoder comes along
     out, flags = tmp_path / "run", ("--init", tmp_path / "all.pt", "--lr", 0, "--steps", 1)
     go(out, store, *flags)
