@@ -95,7 +95,10 @@ def parser():
     a("--tasks", help="comma-separated; one that is named twice weighs twice")
     a("--full", type=share, help="share of the clips that have all F frames, where they can")
     a("--min-frames", type=some, default=1, help="leave out stickers with fewer different frames")
-    a("--drop", type=half, default=0.05, help="probability of dropping text and image, and of text alone")
+    a("--drop", type=half, default=0.05,
+      help="probability of dropping text and given frames; where none is given, once more of dropping text")
+    a("--text-drop", type=half, default=0.05,
+      help="probability of dropping text alone where a frame is given; 0.5 where a caption names one sticker")
     a("--word-drop", type=share, help="probability that a word of the caption becomes # (release: 0.2)")
     a("--noise-levels", choices=["uniform", "normal"], help="noise steps: uniform (paper), or normal log-SNR")
     a("--seed", type=count, default=0, help="of weights and every draw")
@@ -240,7 +243,8 @@ def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")
         task = curriculum.draw(weights, n, rng)
         cond_mask, frame_mask = make_masks(task, n, len(clip), rng=rng)
         caption, u = drop_words(caption, rng, args.word_drop), rng.random()
-        texts.append(caption if TASKS[task].text and u >= 2 * args.drop else "")
+        alone = args.text_drop if cond_mask.any() else args.drop
+        texts.append(caption if TASKS[task].text and u >= args.drop + alone else "")
         cond.append(cond_mask & (u >= args.drop))
         real.append(frame_mask)
         steps.append(noise_step(args.noise_levels, g, rng))
@@ -453,7 +457,7 @@ def validation_rows(stickers, items, tasks, count=48):
 @torch.no_grad()
 def validate(model, fixed, ctx):
     """-> {"loss": of all, task: loss per frame that counts, "ev": {task: EV of `RDTF.mean`}}."""
-    args = argparse.Namespace(seed=1234, drop=0.0, word_drop=0.0, noise_levels="uniform")
+    args = argparse.Namespace(seed=1234, drop=0.0, text_drop=0.0, word_drop=0.0, noise_levels="uniform")
     losses, ev = {}, {}
     for task, rows in fixed:
         only, sums = Curriculum("none", 1, (task,)), torch.zeros(4)         # loss, frames, two errors

@@ -504,10 +504,12 @@ def mean_table(found):
 def mean_command(args):
     """The `mean` command: EV and PSNR of the one-step mean of a checkpoint."""
     model = rdtf.load_model(args.ckpt, args.device)
-    _, clips, captions = first_of(data.open_stickers(args.data, model.cfg.size), args.count, args.seed)
+    stickers = data.open_stickers(args.data, model.cfg.size)
+    _, clips, captions = first_of(stickers, args.count, args.seed, args.split)
+    captions = [""] * len(clips) if args.no_text else captions
     found = one_step_means(model, clips, captions, args.modes.split(","), args)
-    print(f"{args.ckpt}, update {model.meta['step']}; N = {len(clips)} held-out stickers of {args.data}; EV "
-          f"of the one-step mean (0: the blend), PSNR of made frames on white\n{mean_table(found)}")
+    print(f"{args.ckpt}, update {model.meta['step']}; N = {len(clips)} of {args.data} ({args.split}); "
+          f"EV of the one-step mean (0: the blend), PSNR of made frames on white\n{mean_table(found)}")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(json.dumps({"step": model.meta["step"], "modes": found}, indent=1))
@@ -871,6 +873,8 @@ def parser():
     p = command("mean", "EV and PSNR of the one-step mean: was motion learnt?", model_flags, data_flags)
     p.add_argument("--out", help="file for the figures as JSON; unset: none")
     p.add_argument("--modes", default=",".join(MEAN_MODES), help="modes, or masks such as 10000001")
+    p.add_argument("--split", default="held_out", choices=data.SPLITS, help="train: known by heart")
+    p.add_argument("--no-text", action="store_true", help="without captions")
 
     p = command("gap", "EV in interpolation against the gap between given frames", model_flags,
                 lambda p: data_flags(p, "+"))

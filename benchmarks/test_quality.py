@@ -240,6 +240,16 @@ def test_mean_knows_how_much_a_model_knows(toys, tmp_path, capsys):
     assert "| interpolate-2 | 0.750 ± 0.000 |" in capsys.readouterr().out
 
 
+def test_mean_of_training_stickers_and_without_captions(toys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(quality, "one_step_means", lambda model, clips, captions, *_: asked.append(
+        (clips[:, 0].tobytes(), captions)) or {})
+    for flags in [], ["--split", "train"], ["--no-text"]:
+        assert quality.main(["mean", "--ckpt", "x", "--data", "toy", "--count", "8", *flags]) == 0
+    (held, words), (trained, others), (same, none) = asked
+    assert held == same != trained and words != others and none == [""] * 8 and all(words)
+
+
 def test_mean_of_a_real_network_starts_at_the_bridge():
     cfg = rdtf.Config(**rdtf.PRESETS["tiny"], size=32)
     model = rdtf.Loaded(rdtf.RDTF(cfg).eval(), PixelVAE(), cfg, {})

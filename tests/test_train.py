@@ -612,8 +612,8 @@ def batch_of(store, task, **flags):
     """What `make_batch` makes of 2,000 samples of one clip, all of one task -> kwargs, captions."""
     stickers, seen = open_store(store), []
     text = Namespace(tokenize=lambda texts: seen.extend(texts))
-    args = Namespace(**{"seed": 0, "drop": 0.0, "word_drop": 0.0, "noise_levels": "uniform", "full": 0.0,
-                        "min_frames": 1, **flags})
+    args = Namespace(**{"seed": 0, "drop": 0.0, "text_drop": 0.0, "word_drop": 0.0, "noise_levels": "uniform",
+                        "full": 0.0, "min_frames": 1, **flags})
     order = train.Order([stickers.select("train")], [1.0], 0)
     row = train.draw_row(stickers, order, 0, args)
     curriculum = Curriculum("none", 1, (task,))
@@ -622,10 +622,12 @@ def batch_of(store, task, **flags):
 
 
 def test_dropping_is_decided_per_sample_by_its_number(store):
-    kwargs, seen = batch_of(store, "it2v", drop=0.1)
+    kwargs, seen = batch_of(store, "it2v", drop=0.1, text_drop=0.3)
     no_text, no_image = np.array([x == "" for x in seen]), ~kwargs["cond_mask"].any(1).numpy()
-    assert abs(no_text.mean() - 0.2) < 0.03 and abs(no_image.mean() - 0.1) < 0.03
+    assert abs(no_text.mean() - 0.4) < 0.03 and abs(no_image.mean() - 0.1) < 0.03
     assert (no_text | ~no_image).all()                                      # an image is never dropped alone
+    seen = batch_of(store, "t2v", drop=0.1, text_drop=0.3)[1]
+    assert abs(np.mean([x == "" for x in seen]) - 0.2) < 0.03
 
 
 @pytest.mark.parametrize("task, levels, above", [("t2v", "uniform", 0.2), ("it2v", "normal", 0.364),
