@@ -347,8 +347,8 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     frames, row, loops = np.asarray(frames), PLATFORMS.get(platform), 0
     if frames.ndim != 4 or frames.shape[-1] != 4 or frames.dtype != np.uint8 or not frames.size:
         raise DataError(f"{path}: frames must be uint8 (t, h, w, 4), not {frames.dtype} {frames.shape}")
-    times = np.broadcast_to(np.clip(durations, 10, 600_000), len(frames))   # a GIF's go to 11 minutes a frame
-    times, lost, count = [int(ms) for ms in times], [], len(frames)
+    times = np.broadcast_to(np.clip(durations, 10, 600_000), len(frames)).astype(int).tolist()   # GIF: 11 min
+    lost, count = [], len(frames)
     if row:
         suffix, max_kb = row.suffix.replace(".png", ".apng"), row.kb
         frames, times, loops, lost = fit_platform(frames, times, row)
@@ -520,7 +520,7 @@ def _read_metadata(path):
                 if not isinstance(tags, list) or split not in SPLITS:
                     raise ValueError("tags are a list of words, split is train or held_out")
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: line {number} is no JSON object with file_name and text in UTF-8 "
+            raise DataError(f"{path}: line {number} must be a JSON object with file_name and text in UTF-8 "
                             f"({error}); correct it") from error
     return rows
 

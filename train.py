@@ -21,7 +21,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
@@ -427,17 +427,19 @@ def write_line(path, line):
         f.write(re.sub("NaN|-?Infinity", "null", json.dumps(line)) + "\n")
 
 
-def read_log(path):
-    """log.jsonl -> {(stage, step): line}. A resumed run appends: of lines with one step the last one counts.
-    Half-written lines are left out."""
-    lines = {}
+def read_lines(path):
+    """A file of JSON lines -> list of them, without half-written ones; [] where there is no file."""
+    lines = []
     for text in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else ():
-        try:
-            line = json.loads(text)
-            lines[line["stage"], line["step"]] = line
-        except (ValueError, KeyError, TypeError):
-            pass
+        with suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
+
+
+def read_log(path):
+    """log.jsonl -> {(stage, step): line}. A resumed run appends: of lines of one step the last one counts."""
+    lines = (x for x in read_lines(path) if isinstance(x, dict) and {"stage", "step"} <= x.keys())
+    return {(x["stage"], x["step"]): x for x in lines}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def table(args):
     lines.append("|---" * (5 + len(ladder.MODES) + len(TASKS)) + "|")
     for name, variant in VARIANTS.items():
         paths = sorted(Path(args.out).glob(f"{name}-*/losses.json"))
-        means = [ladder.lines(path.with_name("measured.jsonl"))[-1] for path in paths]
+        means = [train.read_lines(path.with_name("measured.jsonl"))[-1] for path in paths]
         losses = [json.loads(path.read_text()) for path in paths]
         columns = [[x["modes"][m]["EV"][0] for x in means] for m in ladder.MODES]
         columns += [[x[task] for x in losses] for task in ("loss", *TASKS)]

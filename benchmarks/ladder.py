@@ -100,17 +100,6 @@ def rung(name):
                 *(b if t is None else t for t, b in zip(this[4:], below[4:])))
 
 
-def lines(path):
-    """JSON lines; a half-written last one is left out."""
-    found = []
-    for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            pass
-    return found
-
-
 class Clock:
     """Stands in for two functions of train.py: `learning_rate`, called once in every update, follows the
     clock and ends the run, and `save_checkpoint`, after which it is noted how much time is in the checkpoint
@@ -122,7 +111,7 @@ class Clock:
         self.save = train.save_checkpoint
         if (out / "last.pt").exists():
             step = rdtf.read_weights(out / "last.pt")["step"]
-            known = (x["seconds"] for x in lines(out / "clock.jsonl") if x["step"] <= step)
+            known = (x["seconds"] for x in train.read_lines(out / "clock.jsonl") if x["step"] <= step)
             self.before = max(known, default=0.0)
         train.learning_rate, train.save_checkpoint = self.rate, self.saved
         weights = Curriculum.weights
@@ -145,7 +134,7 @@ class Clock:
         seconds, paused = self.spent(), time.process_time()
         with open(self.out / "clock.jsonl", "a") as file:
             file.write(json.dumps({"step": content["step"], "seconds": seconds}) + "\n")
-        done = max((x["seconds"] for x in lines(self.out / "measured.jsonl")), default=0.0)
+        done = max((x["seconds"] for x in train.read_lines(self.out / "measured.jsonl")), default=0.0)
         if seconds >= self.budget > done or seconds // (self.budget / self.args.marks) > \
                 done // (self.budget / self.args.marks):
             self.measure(path, seconds)
@@ -165,7 +154,7 @@ def run(name, args, clock=Clock):
     """Train one variant in this process until its time is over."""
     this, out = rung(name), Path(args.out) / f"{name}-{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
-    if any(x["seconds"] >= 60 * args.minutes for x in lines(out / "measured.jsonl")):
+    if any(x["seconds"] >= 60 * args.minutes for x in train.read_lines(out / "measured.jsonl")):
         return print(f"{out}: has its {args.minutes:g} minutes already")
     torch.set_num_threads(1)
     rdtf.PRESETS["tiny"].update(this.config)
@@ -182,7 +171,7 @@ def run(name, args, clock=Clock):
 
 def table(args):
     """The last measurement of every variant as a table, all of them as curves."""
-    runs = {path.parent.name: lines(path) for path in sorted(Path(args.out).glob("*/measured.jsonl"))}
+    runs = {p.parent.name: train.read_lines(p) for p in sorted(Path(args.out).glob("*/measured.jsonl"))}
     if not runs:
         raise data.DataError(f"{args.out}: nothing measured there yet")
     order = sorted(runs, key=lambda name: (list(RUNGS).index(name.rsplit("-", 1)[0]), name))

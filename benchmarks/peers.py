@@ -201,7 +201,7 @@ def run(name, args):
     plan = quality.make_plan(stickers, args.samples, 0)
 
     def over():
-        return any(x["seconds"] >= 60 * args.minutes for x in ladder.lines(out / "measured.jsonl"))
+        return any(x["seconds"] >= 60 * args.minutes for x in train.read_lines(out / "measured.jsonl"))
     if not over():
         (train_vdp if name == "vdp" else train_rdtf)(name, args, out)
     if over():                                                      # else a signal stopped it
@@ -211,7 +211,8 @@ def run(name, args):
 def table(args):
     """What was measured of each peer, last, and of what needs no training."""
     root, modes = Path(args.out), ladder.MODES
-    means = {p.parent.name: x[-1] for p in sorted(root.glob("*/measured.jsonl")) if (x := ladder.lines(p))}
+    found = {p.parent.name: train.read_lines(p) for p in sorted(root.glob("*/measured.jsonl"))}
+    means = {name: lines[-1] for name, lines in found.items() if lines}
     made = {p.parent.name: quality.read_json(p) for p in sorted(root.glob("*/generation.json"))}
     if not means:
         raise data.DataError(f"{root}: nothing measured there yet; `peers.py run` first, or another folder")

@@ -273,7 +273,7 @@ def built_as(name, cfg=TINY, weights=None):
 def spend(name, cfg, weights, minutes, out, args, tasks, measured=True):
     """Train as `name` until the process time is spent -> was it? False where a signal came first."""
     out.mkdir(parents=True, exist_ok=True)
-    done = ladder.lines(out / ("measured.jsonl" if measured else "clock.jsonl"))
+    done = train.read_lines(out / ("measured.jsonl" if measured else "clock.jsonl"))
     if any(x["seconds"] >= 60 * minutes for x in done):
         print(f"{out}: has its {minutes:g} minutes already")
         return True
@@ -303,7 +303,7 @@ def train_command(args):
     elif name == "base":
         cfg = replace(TINY, widths=tuple(args.widths))
     args.vae = args.vae or args.base or str(train.SHIPPED)
-    clock = ladder.lines(Path(args.base or "-").with_name("clock.jsonl"))
+    clock = train.read_lines(Path(args.base or "-").with_name("clock.jsonl"))
     took = args.base_minutes or (clock[-1]["seconds"] / 60 if clock else None)      # None: nobody knows
     settings = dict(method=name, minutes=minutes, seed=args.seed, data=args.data, tasks=args.tasks,
                     lr=args.lr or method.lr, optimizer=args.optimizer or method.optimizer,

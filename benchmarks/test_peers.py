@@ -11,6 +11,7 @@ import peers
 import pytest
 import rdtf
 import torch
+import train
 from data import DataError
 
 
@@ -47,7 +48,7 @@ def killed_and_resumed(folder, name, capsys):
     process.wait()
     before = rdtf.read_weights(out / "last.pt")["step"]
     subprocess.run([*command, *words(folder, name, 0.1)], check=True, capture_output=True)
-    last = ladder.lines(out / "measured.jsonl")[-1]
+    last = train.read_lines(out / "measured.jsonl")[-1]
     assert last["seconds"] >= 6 and last["step"] >= before > 0 and (out / "samples.png").exists()
     assert ("flow" in last["modes"].get("interpolate-2", {})) == (name != "vdp")
     peers.main(words(folder, name, 0.1))

@@ -13,6 +13,7 @@ import pytest
 import rdtf
 import speed
 import torch
+import train
 from curriculum import TASKS, Curriculum
 
 
@@ -46,9 +47,9 @@ def test_counting_the_paper_needs_no_gpu(capsys):
 def test_rungs_add_up():
     assert ladder.rung("noise").flags == dict(optimizer="muon", lr=0.01, weight_decay=0.5,
                                               noise_levels="normal", full=0.5)
-    assert ladder.rung("tiny").flags["weight_decay"] == ladder.train.RECIPES["tiny"]["weight_decay"] == 0.1
+    assert ladder.rung("tiny").flags["weight_decay"] == train.RECIPES["tiny"]["weight_decay"] == 0.1
     top, tiny = ladder.rung("tiny"), rdtf.Config(**rdtf.PRESETS["tiny"])
-    assert (top.guess, top.steps) == (rdtf.guess_frames, ladder.train.noise_step)
+    assert (top.guess, top.steps) == (rdtf.guess_frames, train.noise_step)
     assert top.more and all(getattr(tiny, key) == value for key, value in top.config.items())
     assert ladder.rung("noise").steps == ladder.seldom_late and not ladder.rung("fluent").more
     assert ladder.rung("f4c4").guess == ladder.without_units
@@ -67,10 +68,10 @@ def test_a_ladder_in_miniature(tmp_path, vae, capsys):
     def run(*what):
         subprocess.run([sys.executable, ladder.__file__, *words(*what)], capture_output=True, check=True)
     run(["f4c4", "noise"], 0.02)
-    first = ladder.lines(tmp_path / "noise-0" / "measured.jsonl")
+    first = train.read_lines(tmp_path / "noise-0" / "measured.jsonl")
     assert "flow" in first[-1]["modes"]["interpolate-2"] and first[-1]["seconds"] >= 1.2
     run(["noise"], 0.04)
-    clock = [x["seconds"] for x in ladder.lines(tmp_path / "noise-0" / "clock.jsonl")]
+    clock = [x["seconds"] for x in train.read_lines(tmp_path / "noise-0" / "clock.jsonl")]
     assert clock == sorted(clock) and clock[-1] >= 2.4
     ladder.main(words(["noise"], 0.04))
     assert "already" in capsys.readouterr().out
