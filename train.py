@@ -99,8 +99,6 @@ def parser():
       help="probability of dropping text and given frames; where none is given, once more of dropping text")
     a("--text-drop", type=half, default=0.05,
       help="probability of dropping text alone where a frame is given; 0.5 where a caption names one sticker")
-    a("--roll", type=share, default=0.0,
-      help="share of the clips of loops, two frames given, that begin at another of their frames")
     a("--word-drop", type=share, help="probability that a word of the caption becomes # (release: 0.2)")
     a("--noise-levels", choices=["uniform", "normal"], help="noise steps: uniform (paper), or normal log-SNR")
     a("--seed", type=count, default=0, help="of weights and every draw")
@@ -207,16 +205,6 @@ def draw_row(stickers, order, g, args):
     return torch.from_numpy(clip), n, stickers.caption(item, rng), g
 
 
-def roll(clip, n, share, rng):
-    """Clip (F, c, h, w), n real frames -> with probability `share` one that begins at another of them (ours):
-    a sticker has one clip of F frames, and a network that sees no other learns it by heart. Loops alone: the
-    step from the last real frame to the first must be no larger than the largest of the others."""
-    steps = (clip[:n] - clip[:n].roll(-1, 0)).square().mean((1, 2, 3))
-    if rng.random() < share and n > 2 and steps[-1] <= steps[:-1].max():
-        clip = torch.cat([clip[:n].roll(int(rng.integers(1, n)), 0), clip[n:]])
-    return clip
-
-
 def noise_step(kind, g, rng):
     """The noise step 0..999 of sample g. Neighbouring samples are spread evenly over the distribution.
     uniform: the paper's. normal: log-SNR ~ N(-0.6, 2), but 30 % are in the noisiest fifth: there the caption
@@ -249,22 +237,20 @@ def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")
     Task, masks, dropping, noise and its step of each clip are drawn here, from (seed, g) alone. Text and
     given frames are dropped here and nowhere else (release: text of i2v; the rest is ours: two-scale guidance
     needs (no text, no image) and (no text, image) to be trained)."""
-    clips, texts, cond, real, steps, rngs = [], [], [], [], [], []
+    texts, cond, real, steps, rngs = [], [], [], [], []
     for clip, n, caption, g in rows:
         rng = np.random.default_rng([args.seed, 3, g])
         task = curriculum.draw(weights, n, rng)
         cond_mask, frame_mask = make_masks(task, n, len(clip), rng=rng)
         caption, u = drop_words(caption, rng, args.word_drop), rng.random()
         alone = args.text_drop if cond_mask.any() else args.drop
-        share = args.roll if cond_mask.sum() > 1 else 0.0                   # one does not tell where it is
-        clips.append(roll(clip, n, share, np.random.default_rng([args.seed, 4, g])) if share else clip)
         texts.append(caption if TASKS[task].text and u >= args.drop + alone else "")
         cond.append(cond_mask & (u >= args.drop))
         real.append(frame_mask)
         steps.append(noise_step(args.noise_levels, g, rng))
         rngs.append(rng)
     cond, real = (torch.from_numpy(np.stack(x)) for x in (cond, real))
-    return dict(x0=torch.stack(clips), noise=draw_noise(rngs, rows[0][0].shape, device),
+    return dict(x0=torch.stack([row[0] for row in rows]), noise=draw_noise(rngs, rows[0][0].shape, device),
                 t=torch.tensor(steps), text=text.tokenize(texts), cond_mask=cond, frame_mask=real)
 
 
@@ -473,8 +459,7 @@ def validation_rows(stickers, items, tasks, count=48):
 @torch.no_grad()
 def validate(model, fixed, ctx):
     """-> {"loss": of all, task: loss per frame that counts, "ev": {task: EV of `RDTF.mean`}}."""
-    args = argparse.Namespace(seed=1234, drop=0.0, text_drop=0.0, roll=0.0, word_drop=0.0,
-                              noise_levels="uniform")
+    args = argparse.Namespace(seed=1234, drop=0.0, text_drop=0.0, word_drop=0.0, noise_levels="uniform")
     losses, ev = {}, {}
     for task, rows in fixed:
         only, sums = Curriculum("none", 1, (task,)), torch.zeros(4)         # loss, frames, two errors

@@ -612,8 +612,8 @@ def batch_of(store, task, **flags):
     """What `make_batch` makes of 2,000 samples of one clip, all of one task -> kwargs, captions."""
     stickers, seen = open_store(store), []
     text = Namespace(tokenize=lambda texts: seen.extend(texts))
-    args = Namespace(**{"seed": 0, "drop": 0.0, "text_drop": 0.0, "roll": 0.0, "word_drop": 0.0, "full": 0.0,
-                        "noise_levels": "uniform", "min_frames": 1, **flags})
+    args = Namespace(**{"seed": 0, "drop": 0.0, "text_drop": 0.0, "word_drop": 0.0, "noise_levels": "uniform",
+                        "full": 0.0, "min_frames": 1, **flags})
     order = train.Order([stickers.select("train")], [1.0], 0)
     row = train.draw_row(stickers, order, 0, args)
     curriculum = Curriculum("none", 1, (task,))
@@ -628,30 +628,6 @@ def test_dropping_is_decided_per_sample_by_its_number(store):
     assert (no_text | ~no_image).all()                                      # an image is never dropped alone
     seen = batch_of(store, "t2v", drop=0.1, text_drop=0.3)[1]
     assert abs(np.mean([x == "" for x in seen]) - 0.2) < 0.03
-
-
-def test_a_loop_begins_at_any_of_its_frames_and_nothing_else_does():
-    rng, turn = np.random.default_rng(0), torch.arange(6) * 1.1
-    loop = torch.zeros(8, 2, 1, 1)                                          # nearly a full turn, then padding
-    loop[:6, :, 0, 0] = torch.stack([turn.cos(), turn.sin()], 1)
-    line = torch.cat([torch.arange(6.0), torch.zeros(2)]).view(8, 1, 1, 1)  # its end is far from its start
-    starts = []
-    for _ in range(600):
-        clip = train.roll(loop, 6, 0.5, rng)
-        start = int((loop[:6] - clip[:1]).abs().sum((1, 2, 3)).argmin())
-        assert torch.equal(clip, torch.cat([loop[start:6], loop[:start], loop[6:]]))
-        assert torch.equal(train.roll(line, 6, 1.0, rng), line)
-        starts.append(start)
-    shares = np.bincount(starts, minlength=6) / 600
-    assert abs(shares[0] - 0.5) < 0.07 and (abs(shares[1:] - 0.1) < 0.04).all()
-    assert torch.equal(train.roll(loop, 1, 1.0, rng), loop)                 # a still
-
-
-def test_clips_roll_where_two_frames_are_given_and_nothing_else_changes(store):
-    for task, rolls in (("interpolate", True), ("it2v", False), ("t2v", False)):
-        (a, _), (b, _) = (batch_of(store, task, roll=share, full=1.0) for share in (0.0, 1.0))
-        assert torch.equal(a["x0"], b["x0"]) != rolls
-        assert all(torch.equal(a[k], b[k]) for k in ("noise", "t", "cond_mask", "frame_mask"))
 
 
 @pytest.mark.parametrize("task, levels, above", [("t2v", "uniform", 0.2), ("it2v", "normal", 0.364),
