@@ -132,11 +132,12 @@ def ffmpeg():
 
 
 def _video_frames(path):
-    reader = ffmpeg().read_frames(str(path))
+    path = str(Path(path).resolve())                         # "cat:1.webm" would be a protocol of ffmpeg's
+    reader = ffmpeg().read_frames(path)
     codec = next(reader)["codec"].split()[0]
     reader.close()
     own = {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])   # the others drop alpha
-    reader = ffmpeg().read_frames(str(path), "rgba", bits_per_pixel=32, input_params=own)
+    reader = ffmpeg().read_frames(path, "rgba", bits_per_pixel=32, input_params=own)
     meta = next(reader)
     for i, frame in enumerate(reader):
         _limit(path, i + 1, meta["size"])
@@ -213,14 +214,16 @@ WORDS = {".webp": "quality", ".webm": "quality crf"}              # what a level
 
 # What a platform takes as a moving sticker (2025-26). rule: "exact" = padded, "side" = one side is just so,
 # "most" = only shrunk. ms: the least per frame; seconds: the most, of all loops; loops: the most, 0 = for
-# ever; whole: the app may stop at the first frame, which must show the sticker; still: for a still one.
-Platform = namedtuple("Platform", "suffix width height rule kb fewest most ms seconds loops whole still")
+# ever; whole: the app may stop at the first frame, which must show the sticker; still: for a still one;
+# unit: a loop takes a multiple of so many seconds, 0 = any time.
+Platform = namedtuple("Platform", "suffix width height rule kb fewest most ms seconds loops whole still unit",
+                      defaults=[0])
 PLATFORMS = {name: Platform(*row) for name, *row in (
     ("telegram", ".webm", 512, 512, "side", 256, 2, 90, 100 / 3, 3, 0, False, "webp --size 512 --max-kb 512"),
     ("whatsapp", ".webp", 512, 512, "exact", 500, 2, 1000, 10, 10, 0, True, "webp --size 512 --max-kb 100"),
     ("signal", ".png", 512, 512, "most", 300, 2, 150, 20, 3, 0, False, "png --size 512 --max-kb 300"),
     ("discord", ".png", 320, 320, "exact", 512, 2, 250, 20, 5, 0, False, "png --size 320 --max-kb 512"),
-    ("line", ".png", 320, 270, "side", 300, 5, 20, 10, 4, 4, True, "png --size 320 --max-kb 1000"))}
+    ("line", ".png", 320, 270, "side", 300, 5, 20, 10, 4, 4, True, "png --size 320 --max-kb 1000", 1))}
 
 
 def pick_by_time(times, count):
@@ -235,12 +238,18 @@ def fit_platform(frames, times, row):
     if not any((a != b).any() for a, b in zip(frames, frames[1:])):
         raise DataError(f"--for makes moving stickers and this is a still picture; for a still one use "
                         f"`data.py convert IN OUT.{row.still}`")
-    if total > 1000 * row.seconds:
-        lost.append(f"{row.seconds:g} of {total / 1000:.4g} seconds (it plays faster)")
-        times, total = [ms * 1000 * row.seconds / total for ms in times], 1000 * row.seconds
+    wanted = min(total, 1000 * row.seconds)
+    wanted = max(1, round(wanted / 1000 / row.unit)) * 1000 * row.unit if row.unit else wanted
+    if wanted != total:
+        how = "faster" if wanted < total else "slower"
+        lost.append(f"{wanted / 1000:g} seconds instead of {total / 1000:.4g} (it plays {how})")
+        times, total = np.diff((np.cumsum([0, *times]) * wanted / total).round()).astype(int).tolist(), wanted
     kept = max(row.fewest, min(count, row.most, int(total / row.ms + 1e-6)))
-    if lost or kept != count or min(times) < row.ms:
+    if kept != count or min(times) < row.ms:
         index = pick_by_time(times, kept)
+        if (frames[index] == frames[index[0]]).all():        # what moves is short: that it moves must be seen
+            index[-1] = (frames != frames[index[0]]).sum((1, 2, 3)).argmax()
+            index.sort()
         frames, used = frames[index], len(set(index))
         lost += [f"{used} of {count} frames"] * (used < count)
         times = np.diff(np.linspace(0, max(total, row.ms * kept), kept + 1).round()).astype(int).tolist()
@@ -250,7 +259,7 @@ def fit_platform(frames, times, row):
     h, w = frames.shape[1:3]
     side = min(row.width * max(w, h) // w, row.height * max(w, h) // h)        # the longer one
     side = min(side, max(w, h)) if row.rule == "most" else side
-    frames = unpremultiply(fit_frames(np.roll(frames, -first, 0), side))
+    frames = np.stack([unpremultiply(x) for x in fit_frames(np.roll(frames, -first, 0), side)])
     if row.rule != "exact":
         h, w = (max(1, round(x * side / max(w, h))) for x in (h, w))
         frames = frames[:, (side - h) // 2:, (side - w) // 2:][:, :h, :w]      # without the padding of fit
@@ -261,7 +270,7 @@ def fit_platform(frames, times, row):
 def _webm(frames, times, level, text):
     """VP9 with alpha, of one frame rate, 30 a second at most."""
     total = sum(times)
-    count = max(1, min(round(total / min(times)), total * 30 // 1000))
+    count = max(1, min(round(total / min(times)), total * 30 // 1000, MAX_FRAMES))
     picked = frames[pick_by_time(times, count)]
     with tempfile.TemporaryDirectory() as folder:            # a pipe can't take the length, written last
         command = [ffmpeg().get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgba",
@@ -324,8 +333,8 @@ def wanted_path(path, platform, default):
         raise DataError(f"{path}: end it in {PLATFORMS[platform].suffix}: --for {platform} writes that")
     path = path or default + (PLATFORMS[platform].suffix if platform else ".webp")
     suffix = Path(path).suffix.lower()
-    if path != "-" and suffix not in LEVELS:
-        raise DataError(f"{path}: end it in one of {' '.join(LEVELS)}")
+    if path != "-" and (suffix not in LEVELS or Path(path).is_dir()):
+        raise DataError(f"{path}: name a file that ends in one of {' '.join(LEVELS)}")
     if suffix == ".webm" or platform == "telegram":
         ffmpeg()                                             # it may be missing: told before the work
     return path
@@ -355,6 +364,10 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     elif size:
         frames = unpremultiply(fit_frames(frames, size))
     frames = np.where(frames[..., 3:] > 0, frames, 0)
+    if suffix == ".gif" and min(times) < 20:                 # viewers slow down what is faster
+        kept = max(1, min(count, sum(times) // 20))
+        frames, lost = frames[pick_by_time(times, kept)], [f"{kept} of {count} frames"] * (kept < count)
+        times = np.diff(np.linspace(0, max(sum(times), 20), kept + 1).round()).astype(int).tolist()
     if suffix == ".png":
         frames, times = np.concatenate(frames, 1)[None], [sum(times)]
     text = None if metadata is None else json.dumps(metadata)
@@ -364,7 +377,13 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     @cache
     def coded(step, level):
         merged = [sum(times[i:i + step]) for i in range(0, len(frames), step)]
-        return _encode(suffix, frames[::step], merged, level, text, loops, fewest > 2)
+        try:
+            return _encode(suffix, frames[::step], merged, level, text, loops, fewest > 2)
+        except DataError:
+            raise
+        except Exception as error:                           # past a format's limits Pillow raises anything
+            raise DataError(f"{path}: {suffix} can't hold this ({_reason(error, path)}); lower --size or "
+                            f"choose another suffix") from error
 
     @cache
     def fits(step, level):     # lossless is slow: not even tried where every second frame is too much already
@@ -386,7 +405,8 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     if kept < len(frames):
         lost = [x for x in lost if not x.endswith("frames")] + [f"{kept} of {count} frames"]
     lost += [f"{WORDS.get(suffix, 'colours')} {level}"] * (level != levels[0])
-    why = f"for {platform}" if row else f"to stay under {max_kb:g} kB" if max_kb else "30 a second at most"
+    why = f"for {platform}" if row else f"to stay under {max_kb:g} kB" if max_kb else \
+        f"{50 if suffix == '.gif' else 30} a second at most"
     message = f"{path}: {' and '.join(lost)}, {why}" if lost else ""
     if message:
         print(message, file=sys.stderr)
@@ -395,8 +415,12 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
     else:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(path).with_name(f".writing-{os.getpid()}.tmp")
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, path) from error
     return {"path": path, "bytes": len(data), "frames": kept, "ms": sum(times), "message": message}
 
 
@@ -536,7 +560,8 @@ def list_stickers(folder, hold_out=0.05):
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder of stickers or a prepared store")
     known, items = _read_metadata(folder / "metadata.jsonl"), []
-    for top, _, files in os.walk(folder):
+    for top, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for file in files:
             stem, suffix = os.path.splitext(file)
             if suffix.lower() not in SUFFIXES or file.startswith("."):
@@ -546,7 +571,7 @@ def list_stickers(folder, hold_out=0.05):
             row, beside = known.get(name, {}), Path(top, stem + ".txt")
             caption = row.get("text")
             if caption is None and beside.is_file():
-                caption = beside.read_text(encoding="utf-8", errors="replace")
+                caption = beside.read_text(encoding="utf-8-sig", errors="replace")
             caption = re.sub(r"[\W_]+", " ", stem) if caption is None else str(caption)
             tags = tuple(map(str, row.get("tags") or ()))
             split = int(row.get("split") == SPLITS[1])
@@ -554,7 +579,10 @@ def list_stickers(folder, hold_out=0.05):
     if not items:
         raise DataError(f"{folder}: no sticker in it; it must hold some of {' '.join(SUFFIXES)}")
     items.sort(key=lambda item: item.name)
-    if hold_out and len(items) >= 40 and not any("split" in row for row in known.values()):
+    if missing := sorted(known.keys() - {item.name for item in items}):
+        print(f"{folder / 'metadata.jsonl'}: {len(missing)} of {len(known)} lines name no sticker here, such "
+              f"as {missing[0]!r}", file=sys.stderr)
+    if hold_out and len(items) >= 40 and not any(row.get("split") for row in known.values()):
         items = [item._replace(split=int(is_held_out(item.name, hold_out))) for item in items]
     return items
 
@@ -807,9 +835,9 @@ class Stickers:
         if not tags:
             return caption
         if rng is None:
-            return f"{caption}, {tags[0]}"
+            return ", ".join([caption] * (caption != "") + tags[:1])
         more = rng.permutation(tags[1:])[:rng.integers(4)].tolist() if tags[1:] else []
-        return ", ".join([caption] * (rng.random() >= 0.25) + tags[:1] + more)
+        return ", ".join([caption] * (rng.random() >= 0.25 and caption != "") + tags[:1] + more)
 
     def select(self, split):
         """Positions (int64, increasing) of the stickers of a split, "train" or "held_out"."""
@@ -886,8 +914,8 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
     """
     out, inputs = Path(out).resolve(), hashlib.blake2b(inputs.encode()).hexdigest()
     work = out.with_name(out.name + ".partial")
-    for path, mark in (out, "meta.json"), (work, "inputs"):
-        if path.exists() and not (path / mark).exists() and (not path.is_dir() or any(path.iterdir())):
+    for path, whole in (out, is_store(out)), (work, (work / "inputs").exists()):
+        if path.exists() and not whole and (not path.is_dir() or any(path.iterdir())):
             raise DataError(f"{path}: exists and is no prepared store; choose another --out")
     if (out / "inputs").exists() and (out / "inputs").read_text() == inputs:
         print(f"{out}: already prepared from these files")
@@ -923,6 +951,11 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
     os.replace(work, out)
     shutil.rmtree(old, ignore_errors=True)
     return open_store(out)
+
+
+def is_store(folder):
+    """A folder that `write_store` wrote, whole or damaged since? Others may hold a meta.json, too."""
+    return all(Path(folder, name).exists() for name in ("meta.json", "inputs"))
 
 
 def open_store(folder):
@@ -968,7 +1001,7 @@ def prepare(folder, out, size, vae=None, workers=2, filters=FILTERS, max_bad=0.1
 def open_stickers(spec, size, most=8, hold_out=0.05):
     """A folder of stickers, a prepared store, "synthetic" or "synthetic:COUNT" -> Stickers of `size` px."""
     spec, rows = str(spec), []
-    if Path(spec, "meta.json").exists():
+    if is_store(spec):
         stickers = open_store(spec)
         if (stickers.size, stickers.meta["frames"]) != (size, most):
             raise DataError(f"{spec}: it holds {stickers.meta['frames']} frames of {stickers.size} pixels; "
@@ -995,7 +1028,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite number of this kind from low to high."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text}: choose {low} to {high}" if high < math.inf else
                                              f"{text}: must be at least {low}")
         return value
@@ -1044,7 +1077,8 @@ def told(done):
 def read_metadata(path):
     """The dict that write_sticker kept in a file; {} without any."""
     if _is_video(path):
-        command = [ffmpeg().get_ffmpeg_exe(), "-v", "quiet", "-i", str(path), "-f", "ffmetadata", "-"]
+        path = str(Path(path).resolve())
+        command = [ffmpeg().get_ffmpeg_exe(), "-v", "quiet", "-i", path, "-f", "ffmetadata", "-"]
         text = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
         text = re.sub(r"\\(.)", r"\1", (re.findall(r"(?i)^comment=(.*)", text, re.M) or [""])[0])
     else:
@@ -1053,7 +1087,7 @@ def read_metadata(path):
             text = image.info.get("comment") or image.info.get("Comment") or image.getexif().get(0x010E)
     try:
         return dict(json.loads(text or "{}"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 

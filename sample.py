@@ -16,6 +16,7 @@ it: `python data.py info FILE`.
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -27,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from curriculum import make_masks
-from data import (LEVELS, PLATFORMS, DataError, fit_frames, number, one_line, premultiply, read_sticker,
-                  save_sheet, to_straight, told, unpremultiply, wanted_path, write_sticker)
+from data import (LEVELS, MAX_FRAMES, PLATFORMS, DataError, fit_frames, number, one_line, premultiply,
+                  read_sticker, save_sheet, to_straight, told, unpremultiply, wanted_path, write_sticker)
 from rdtf import SAMPLERS, SHIPPED, find_device, load_lora, load_model, sample_clips
 
 BUILT_IN = Path(__file__).parent / "stickers" / "fluent" / "1f436.webp", "dog face"       # without --input
@@ -110,8 +111,9 @@ def interpolate(make, given, args, F):
         raise DataError(f"--factor {f}: this model makes {F} frames at a time")
     most = (m - 1) * f + 1
     length = args.length or most
-    if not 2 <= length <= most:
-        raise DataError(f"--length {length}: {m} keyframes at --factor {f} make 2 to {most} frames")
+    if not 2 <= length <= min(most, MAX_FRAMES):
+        raise DataError(f"--length {length}: {m} keyframes at --factor {f} make 2 to {min(most, MAX_FRAMES)} "
+                        f"frames; choose such a length, or fewer keyframes with --every")
     clip, per, first = given[:, :1], (F - 1) // f, 0                        # pairs per window
     while clip.shape[1] < length:
         keys = given[:, first:first + per + 1]
@@ -203,7 +205,8 @@ def parser():
     a("--text", default="", help="caption; empty = none")
     a("--negative", default="", help="caption to steer away from (takes the place of 'no text' in guidance)")
     a("--image", default="", help="reference frame: a picture, or the first frame of a sticker")
-    a("--input", nargs="+", default=[], metavar="FILE", help="a sticker, or several pictures in order")
+    a("--input", nargs="+", action="extend", default=[], metavar="FILE",
+      help="a sticker, or several pictures in order")
     a("--every", type=count, default=0,
       help="use every N-th frame of --input only; 0 = all (of the built-in sticker: every second)")
     a("--given", type=count, default=0,
@@ -212,7 +215,7 @@ def parser():
     a("--factor", type=int, choices=[2, 3], help="interpolate: time steps per keyframe; default 2")
     a("--mask", default="", help="any pattern such as 10010010: 1 = given, 0 = made")
     a("--frames", type=count, default=0, help="frames of one clip (loop: of the file), 0 = all the model has")
-    a("--length", type=count, default=0,
+    a("--length", type=number(int, 0, MAX_FRAMES), default=0,
       help="frames of the whole sticker, window after window; 0 = one window (interpolate: all keyframes)")
     a("--seeds", default="0", help="one sticker per seed: 0-7, 3 or 1,5,9; default %(default)s")
     a("--batch-size", type=count, default=0, help="stickers at a time; 0 = 1 on CPUs, 8 on GPUs")
@@ -260,6 +263,8 @@ def check(args):
           for name, mode in only.items()),
         (a.every and (a.image or a.mode == "loop" or a.mode == "generate" and not a.input),
          "--every: only where several frames of --input are used; remove it"),
+        (a.mode == "loop" and len(a.input) > 1, "--mode loop: takes one --input; remove the others"),
+        (a.image and a.frames == 1, "--frames 1 with --image: there is nothing to make"),
         (a.length and a.mode == "loop", "--length with --mode loop: remove it, or use --frames"),
         (a.length and a.frames, "--length and --frames: remove one"),
         (a.frames and a.mode == "interpolate", "--frames with --mode interpolate: use --length"),
@@ -267,9 +272,6 @@ def check(args):
         (a.duration and a.duration < 10, f"--duration {a.duration}: at least 10 ms"),
         (a.platform and (a.size or a.max_kb), "--size or --max-kb with --for: remove it, --for says both"),
         (a.platform and a.frames == 1, "--frames 1 with --for: a moving sticker has 2 frames or more"),
-        (Path(a.out).is_dir(), f"--out {a.out}: is a folder; name a file"),
-        (Path(a.out).resolve() in [Path(x).resolve() for x in (a.image, *a.input)],
-         f"--out {a.out}: is the input; choose another"),
     ]:
         if bad:
             raise DataError(message)
@@ -296,8 +298,13 @@ def run(args, command):
     """Everything that can be refused is refused before the first step."""
     check(args)
     seeds, out = parse_seeds(args.seeds), Path(args.out)
-    if args.out == "-" and len(seeds) > 1:
+    sheet, several = out.with_name(f"{out.stem}-sheet.png"), len(seeds) > 1
+    paths = {s: out.with_name(f"{out.stem}-{s}{out.suffix}") if several else out for s in seeds}
+    if args.out == "-" and several:
         raise DataError(f"--out - with --seeds {args.seeds}: stdout takes one sticker; name a file")
+    for path in (*paths.values(), *[sheet, sheet.with_suffix(".webp")] * several):
+        if path.resolve() in [Path(x).resolve() for x in (args.image, *args.input) if x]:
+            raise DataError(f"--out {args.out}: {path} is the input; choose another")
     out.parent.mkdir(parents=True, exist_ok=True)
     device = find_device(args.device)
     if args.lora and not args.ckpt:
@@ -342,17 +349,17 @@ def run(args, command):
             for i, j in enumerate(source):                         # unpremultiplying would round soft alpha
                 if j >= 0:
                     frames[i] = straight[j]
-            path = out if len(seeds) == 1 else out.with_name(f"{out.stem}-{seed}{out.suffix}")
             ms = frame_times(args, times, len(frames))
-            info = write_sticker(path, frames, ms, max_kb=args.max_kb, size=args.size, platform=args.platform,
+            info = write_sticker(paths[seed], frames, ms, max_kb=args.max_kb, size=args.size,
+                                 platform=args.platform,
                                  metadata={"command": f"{command} --seeds {seed}", **loaded.meta})
             clips.append(frames)
             bar.write(told(info))
     bar.close()
-    if len(seeds) > 1:
-        sheet = out.with_name(f"{out.stem}-sheet.png")
+    if several:
         save_sheet(sheet, clips, [f"seed {s}" for s in seeds])
-        save_sheet(sheet.with_suffix(".webp"), [clips[i:i + 4] for i in range(0, len(clips), 4)])
+        wide = max(4, math.ceil(len(clips) / (16_383 // (cfg.size + 2))))           # WebP is no higher
+        save_sheet(sheet.with_suffix(".webp"), [clips[i:i + wide] for i in range(0, len(clips), wide)])
         print(f"{sheet}, {sheet.with_suffix('.webp').name}: {len(clips)} stickers")
 
 

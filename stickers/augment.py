@@ -76,6 +76,8 @@ def augment(stickers, out, copies, vae=None, flying=False, seed=0):
     size, most, per = stickers.size, stickers.meta["frames"], max(1, SHARD // copies)
     train = stickers.select("train")
     items = train if flying else np.arange(len(stickers))
+    if not len(items):
+        raise DataError("augment: every sticker of the store is held out; there is none to fly")
 
     def change(i, copy):
         rng, whole = np.random.default_rng((seed, i, copy, flying)), stickers.frames(i)
@@ -113,8 +115,12 @@ def main(arguments=None):
                         help="how often each sticker is in it, itself included")
     parser.add_argument("--fly", action="store_true", help="fly the first frame, half of them over another's")
     args = parser.parse_args(arguments)
-    return one_line("augment.py", lambda: make_store(args, lambda vae: augment(
-        open_store(args.store), args.out, args.copies, vae, args.fly)))
+
+    def work():
+        if Path(args.store).resolve() == Path(args.out).resolve():
+            raise DataError(f"--out {args.out}: is the store itself; choose another")
+        make_store(args, lambda vae: augment(open_store(args.store), args.out, args.copies, vae, args.fly))
+    return one_line("augment.py", work)
 
 
 if __name__ == "__main__":

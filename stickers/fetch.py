@@ -142,6 +142,9 @@ def settings(folder, **values):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / ".settings.json", json.dumps(values)
+    if (folder / "metadata.jsonl").exists() and not path.exists():
+        raise DataError(f"{folder}: has a metadata.jsonl that this script did not write; choose another "
+                        "--out")
     if path.exists() and path.read_text() != text:
         raise DataError(f"{folder}: built with {path.read_text()}, now asked for {text}; delete it or choose "
                         "another --out")
@@ -171,7 +174,7 @@ def write_metadata(folder, rows):
         raise DataError(f"{folder}: nothing to put into it; check the input")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_whole(Path(folder) / "metadata.jsonl", "".join(lines).encode())
-    held = sum(row["split"] == "held_out" for row in rows)
+    held = sum(row.get("split") == "held_out" for row in rows)
     print(f"{folder}: {len(rows)} stickers, {held} held out")
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DataError  # noqa: E402
 from stickers.fetch import (  # noqa: E402
-    concept_of, emojibase, npm_pack, run, split_of, tone_words, write_metadata, write_whole)
+    concept_of, emojibase, npm_pack, run, settings, split_of, tone_words, write_metadata, write_whole)
 
 PARTS = {  # part -> (npm package, version, sha256)
     1: ("@lobehub/fluent-emoji-anim-1", "1.0.0",
@@ -63,7 +63,7 @@ def describe(out, cache):
 def fluent(out, parts=tuple(PARTS), tones=True, cache="cache"):
     """Fetches and unpacks the parts that are not there yet, and writes metadata.jsonl."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    settings(out)
     for part in parts:
         done = out / f".part-{part}{'' if tones else '-no-tones'}.done"
         if done.exists() or (out / f".part-{part}.done").exists():

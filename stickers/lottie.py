@@ -28,6 +28,7 @@ from stickers.fetch import (  # noqa: E402
 
 METEOCONS = ("@meteocons/lottie", "0.1.0",
              "43ea2732abde8e429c4fc56a27bb2cefd853f8c34a904b57f86a4b5a2bf1a13d")
+SUFFIXES = (".json", ".tgs")
 MAX_BYTES = 16 << 20                   # of JSON, unpacked: a limit against gzip bombs
 TRANSPARENT = 8                        # a frame is empty if no alpha is above this
 
@@ -36,14 +37,14 @@ def find(source):
     """A folder or an npm tarball -> yields (path in it, bytes) of every .json and .tgs file, by name."""
     source = Path(source)
     if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix in (".json", ".tgs") and p.is_file()):
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
             yield path.relative_to(source), path.read_bytes()
         return
     try:
         with tarfile.open(source) as tar:
             for member in sorted(tar.getmembers(), key=lambda m: m.name):
                 path = Path(member.name)
-                if path.suffix in (".json", ".tgs") and member.isfile():
+                if path.suffix.lower() in SUFFIXES and member.isfile():
                     yield path.relative_to(path.parts[0]), tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{source}: neither a folder nor a whole .tgz file ({error})") from error
@@ -110,13 +111,16 @@ def lottie(source, out, size=128, count=8, seconds=2.0):
         raise DataError("drawing Lottie needs `pip install rlottie-python`") from error
     out = Path(out)
     settings(out, size=size, frames=count, seconds=seconds)
-    rows, words, seen, bad = [], {}, {}, []
+    rows, words, seen, bad, targets = [], {}, {}, [], set()
     for path, data in tqdm(list(find(source)), "drawing", unit="animation"):
         animation = parse(data)
         target = out / path.with_suffix(".webp")
         try:
             if animation is None:
                 raise ValueError("no Lottie animation")
+            if target in targets:
+                raise ValueError("another file of this name, but for its ending, came before")
+            targets.add(target)
             if not target.exists():
                 frames, durations = draw(animation, size, count, seconds)
                 write_sticker(target, frames, durations)

@@ -103,6 +103,8 @@ def test_augmented_store(plain, tmp_path, capsys):
     (tmp_path / "more" / "thesis.txt").write_text("years of work")
     capsys.readouterr()
     assert main() == 2 and "choose another --out" in capsys.readouterr().err
+    assert main("--out", str(tmp_path / "more" / ".." / "plain")) == 2      # fault: it was replaced
+    assert "is the store itself" in capsys.readouterr().err
 
 
 def test_flying_stickers(plain, tmp_path):

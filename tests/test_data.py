@@ -407,6 +407,26 @@ def test_captions_tags_and_splits(tmp_path):
             data.list_stickers(tmp_path)
 
 
+def test_captions_as_editors_and_exports_write_them(tmp_path, capsys):
+    """Faults: a byte order mark in the caption; hidden folders; a null that turned holding out off; a typo in
+    a file name that nobody was told of; ", animal" for a sticker without a name."""
+    for i in range(45):
+        (tmp_path / f"{i}.png").touch()
+    (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / ".thumbnails" / "0.png").touch()
+    (tmp_path / "0.txt").write_text("waving cat", encoding="utf-8-sig")
+    rows = [{"file_name": f"{i}.png", "text": "", "tags": ["animal"], "split": None} for i in range(1, 45)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"file_name": "typo.png"}])))
+    items = data.list_stickers(tmp_path)
+    assert len(items) == 45 and items[0].caption == "waving cat" and any(item.split for item in items)
+    assert "1 of 45 lines name no sticker here, such as 'typo.png'" in capsys.readouterr().err
+    keys = data.keep_keyframes(data.premultiply(moving(1)), 0)
+    frames, index, text = data.pack([(items[1], keys)], 32, 8)
+    s = data.Stickers([frames], index, text, data.make_meta(32, 8))
+    drawn = {s.caption(0, np.random.default_rng(i)) for i in range(9)}
+    assert s.caption(0) == "animal" and drawn == {"animal"}
+
+
 def test_a_caption_is_drawn_from_name_and_tags_by_the_rng_alone():
     item = data.Item("", "x", "cherry", ("fruit", "red", "sweet", "two", "food"))
     keys = data.keep_keyframes(data.premultiply(moving(1)), 0)
@@ -707,6 +727,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
     torch.save({"step": 3, "stage": "vae"}, tmp_path / "unfinished.pt")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "meta.json").write_text('{"format": ')
+    (tmp_path / "broken" / "inputs").touch()
     monkeypatch.chdir(tmp_path)
     for words, *arguments in (("no such folder", "prepare", tmp_path / "nowhere", "--out", out),
                               ("no sticker in it", "prepare", tmp_path / "empty", "--out", out),
@@ -732,6 +753,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
     (tmp_path / "o.partial" / "thesis.txt").touch()
     assert data.main(["prepare", str(good), "--out", str(out)]) == 2
     assert "o.partial" in capsys.readouterr().err and (tmp_path / "o.partial" / "thesis.txt").exists()
+    # fault: what holds a meta.json was taken for a store, and replaced
+    (good / "meta.json").write_text('{"title": "my pack"}')
+    before = sorted(good.iterdir())
+    assert data.main(["prepare", str(good), "--out", str(good), "--size", "32", "--workers", "0"]) == 2
+    assert "no prepared store" in capsys.readouterr().err and sorted(good.iterdir()) == before
+    assert len(data.open_stickers(good, 32)) == 3
     # a broken store is in nobody's way: it is replaced
     assert data.main(["prepare", str(good), "--out", "broken", "--size", "32", "--workers", "0"]) == 0
 

@@ -425,7 +425,7 @@ def test_for_a_platform_the_name_gets_its_suffix(here, capsys):
     cli("--text cat --steps 1 --for line --seeds 0-1 --frames 6 --out a.png")
     for seed in "01":
         frames, times = read_sticker(f"a-{seed}.png")
-        assert frames.shape == (6, 270, 270, 4) and sum(times) == 750
+        assert frames.shape == (6, 270, 270, 4) and sum(times) == 1000
         assert "--for line" in read_metadata(f"a-{seed}.png")["command"]
     assert len(read_sticker("a-sheet.webp")[0]) == 6, "the sheet moves"
 
@@ -469,7 +469,7 @@ WRONG = {   # flags -> what the line must name
     "--text cat --seeds=-1": "--seeds -1",
     "--text cat --every 2": "--every: only",
     "--text cat --duration 5": "--duration 5",
-    "--text cat --out cat": ": cat: end it in",
+    "--text cat --out cat": ": cat: name a file that ends in",
     "--text cat --out one.webp/x.webp": "one.webp",
     "--text cat --for line --out x.webp": ": x.webp: end it in .png",
     "--text cat --for line --size 64": "--size or --max-kb with --for",
@@ -478,6 +478,12 @@ WRONG = {   # flags -> what the line must name
     "--text cat --out - --seeds 0-3": "one sticker",
     "--image soft.webp --out ./soft.webp": "is the input",
     "--image soft.webp --out x/../soft.webp": "is the input",
+    "--image a-1.webp --out a.webp --seeds 0-1": "a-1.webp is the input",
+    "--image a-sheet.webp --out a.webp --seeds 0-1": "a-sheet.webp is the input",
+    "--text cat --length 1001": "--length: 1001",
+    "--image one.webp --frames 1": "nothing to make",
+    "--mode loop --input soft.webp one.webp": "takes one --input",
+    "--mode loop --input soft.webp --input one.webp": "takes one --input",
     "--text cat --speed 3": "--speed",
     "--image missing.png": "missing.png",
     "--image broken.webp": "broken.webp",

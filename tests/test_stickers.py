@@ -275,9 +275,11 @@ def test_lottie_folder(tmp_path, capsys):
     (source / "half.tgs").write_bytes(gzip.compress(b"{}" * 99)[:20])
     (source / "manifest.json").write_text("{}")
     (source / "empty.json").write_text(json.dumps(animation(opacity=0)))
+    (source / "sticker.JSON").write_text(json.dumps(animation(opacity=80)))
     call = [str(source), "--out", str(out), "--size", "32", "--frames", "4"]
     assert lottie.main(call) == 0
-    assert "left out 5: bad.json: no Lottie" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "left out 6: bad.json: no Lottie" in told and "and 1 more" in told
     assert not (out / "line/same.webp").exists()
     rows = {row["file_name"]: row for row in rows_of(out)}
     assert sorted(rows) == ["flat/moving-square.webp", "line/moving-square.webp", "sticker.webp"]
@@ -320,6 +322,14 @@ def test_procedural_folder(tmp_path):
     frames, durations, caption, attributes = procedural.sticker(2, 32)
     assert rows[2]["text"] == caption and rows[2]["shape"] == attributes["shape"] and len(rows) == 3
     assert read_sticker(tmp_path / "p" / rows[2]["file_name"])[0].shape[1:] == (32, 32, 4)
+
+
+def test_a_folder_with_captions_of_its_own_keeps_them(tmp_path, capsys):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.webp", "text": "mine"}\n')
+    for call in (lambda: procedural.main(["--out", str(tmp_path), "--count", "1", "--size", "32"]),
+                 lambda: fetch.run(lambda: fluent.fluent(tmp_path, ()))):
+        assert call() == 2 and "did not write; choose another" in capsys.readouterr().err
+    assert "mine" in (tmp_path / "metadata.jsonl").read_text()
 
 
 def test_procedural_does_without_data_py():
