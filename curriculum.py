@@ -85,7 +85,7 @@ class Curriculum:
         self.losses, self.scores = [], []
 
     def record(self, loss):
-        """The loss of one update, a mean over everything -> its score is kept, too:
+        """The loss of one update, per frame that counts -> its score is kept, too:
         P = 5.0 L_now + 3.0 mean(last <= 1000 L) + 1.3 (L_now - L_before) (release); NaN if L is not finite.
         """
         self.losses.append(float(loss))

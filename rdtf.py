@@ -48,7 +48,7 @@ class Config:
     context_dim: int = 128                # width of a text token
     temporal: str = "sti"                 # sti | conv3d (the ablation of Table 3)
     # where the small presets depart from the paper (ours; `paper` has all of them off)
-    narrow: bool = False                  # transformer_in and STI attend in the width of their level
+    narrow: bool = False                  # transformer_in, STI: as wide as their level, 2 heads or more
     prediction: str = "eps"               # what the output means: the noise (paper) or v
     zero_snr: bool = False                # the last noise step is noise alone (arXiv 2305.08891)
     residual: bool = False                # diffuse the difference to what the given frames tell (`bridge`)
@@ -79,6 +79,8 @@ class Config:
             setattr(self, name, tuple(getattr(self, name)))
         if self.temporal not in MIXERS:
             raise ValueError(f"temporal={self.temporal!r}: choose one of {', '.join(MIXERS)}")
+        if self.prediction not in ("eps", "v"):
+            raise ValueError(f"prediction={self.prediction!r}: choose eps or v")
         if self.zero_snr and self.prediction == "eps":
             raise ValueError("zero_snr: noise alone does not tell what the noise hides; use prediction v")
 
@@ -982,21 +984,25 @@ class RDTF(nn.Module):
         y = q_sample(y0, noise, a)
         return (torch.where(spread(cond_mask), y0, y) if self.cfg.clean else y), a
 
+    def counted(self, cond_mask, frame_mask):
+        """(b, t): the frames that count in the loss. Real ones; with `clean` only made ones."""
+        return frame_mask & ~cond_mask if self.cfg.clean else frame_mask
+
     def forward(self, x0, noise, t, text, cond_mask, frame_mask):
         """Losses (b, 1): squared error over the frames that count / (F c h w) (release, Table 7); with a
         draft (b, 2), also its own, over real frames (ours).
 
-        Real frames count; with `clean` only made ones. The denominator is a constant, so every such frame of
-        every sticker weighs the same, and sums over micro-batches and ranks are exact with ragged lengths.
+        `counted` says which. The denominator is a constant, so every such frame of every sticker weighs the
+        same, and sums over micro-batches and ranks are exact with ragged lengths.
         x0, noise (b, t, c, h, w); t (b,); text: what `text.tokenize` gave; masks (b, t) bool."""
         guess, unit = self.guess(x0, cond_mask, frame_mask)
         y0 = (x0 - guess) / unit
         y, a = self.noised(y0, noise, t, cond_mask)
         condition = self.net.condition(x0, self.text(text), cond_mask, frame_mask)
         out = self.net(y, t, condition=condition)
-        counts = frame_mask & ~cond_mask if self.cfg.clean else frame_mask
         # `where` before the square: else NaN in padding would come back through its gradient
-        errors = [torch.where(spread(counts), out - target(y0, noise, a, self.cfg.prediction), 0)]
+        counts, wanted = self.counted(cond_mask, frame_mask), target(y0, noise, a, self.cfg.prediction)
+        errors = [torch.where(spread(counts), out - wanted, 0)]
         if condition.draft is not None:
             errors.append(torch.where(spread(frame_mask), condition.draft - x0, 0))
         return torch.stack(errors, 1).square().flatten(2).mean(2)
@@ -1104,12 +1110,19 @@ SHIPPED = Path(__file__).parent / "weights" / "stickers-64.pt"
 
 
 def find_device(name):
-    """auto, cpu, cuda, cuda:1 or mps -> torch.device; of torchrun's processes each has a GPU of its own.
-    ValueError, one line, where it can't be used."""
+    """auto, cpu, cuda, cuda:1 or mps -> torch.device; of torchrun's processes each has a GPU of its own, and
+    none has Apple's, whose tensors gloo can't send. ValueError, one line, where it can't be used."""
+    rank, alone = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) == 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and alone
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "mps" and not alone:
+        raise ValueError("--device mps: for one process; leave torchrun out, or add --device cpu")
+    if name == "cuda" and 0 < torch.cuda.device_count() <= rank:
+        raise ValueError(f"--device cuda: this machine has {torch.cuda.device_count()} GPU(s) for more "
+                         f"processes; lower --nproc_per_node")
     try:
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else name
+        own = torch.device("cuda", rank) if name == "cuda" else name
         return torch.zeros(1, device=own).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: not usable here ({reason(e)}); try --device cpu") from None

@@ -103,7 +103,8 @@ def parser():
     a("--noise-levels", choices=["uniform", "normal"], help="noise steps: uniform (paper), or normal log-SNR")
     a("--seed", type=count, default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
-    a("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where it is fast")
+    a("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+      help="of the updates; auto: bf16 where it is fast")
     a("--compile", action="store_true", help="torch.compile the model")
     a("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, slower")
     a("--save-every", type=count, default=200, help="updates between checkpoints, 0 = only at the end")
@@ -207,8 +208,9 @@ def draw_row(stickers, order, g, args):
 
 def noise_step(kind, g, rng):
     """The noise step 0..999 of sample g. Neighbouring samples are spread evenly over the distribution.
-    uniform: the paper's. normal: log-SNR ~ N(-0.6, 2), but 30 % are in the noisiest fifth: there the caption
-    decides, and what moves where, and a network that sees it seldom lets the noise through (ours)."""
+    uniform: the paper's. normal: log-SNR, of the paper's schedule, ~ N(-0.6, 2), but 30 % are drawn from the
+    noisiest fifth (36 % end up there): there the caption decides, and what moves where, and a network that
+    sees it seldom lets the noise through (ours)."""
     u = (g * 0.6180339887498949 + 0.5) % 1                           # golden-section sequence
     late = rng.random() < 0.3                                        # drawn for both: the rest stays the same
     if kind == "uniform":
@@ -450,7 +452,7 @@ def validation_rows(stickers, items, tasks, count=48):
     """Fixed clips of held-out stickers: every task sees the same ones -> list of (task, list of rows)."""
     rows, each = [], max(1, count // len(tasks))
     for j in range(each):
-        item = items[j * len(items) // each % len(items)]
+        item = items[j * len(items) // each]
         clip, n = draw_clip(stickers, item, np.random.default_rng([1234, j]), full=1.0)
         rows.append((torch.from_numpy(clip), n, stickers.caption(item), j))
     return [(t, [row for row in rows if TASKS[t].given(row[1])]) for t in tasks]
@@ -471,8 +473,8 @@ def validate(model, fixed, ctx):
                 mean = model.mean(x0, noise, text, cond, real)
             made = real & ~cond
             errors = [((y - x0) ** 2)[made].sum() for y in (mean, blend(x0, cond))]
-            counts = made if model.cfg.clean else real
-            sums += torch.stack([loss.sum(), counts.float().mean(1).sum(), *errors]).float().cpu()
+            counted = model.counted(cond, real).float().mean(1).sum()
+            sums += torch.stack([loss.sum(), counted, *errors]).float().cpu()
         if sums[1] > 0:
             losses[task] = float(sums[0] / sums[1])
         if sums[3] > 0 and any(TASKS[task].given(rows[0][1])):
@@ -610,23 +612,26 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     for step in bar:
         # ------------------------------------------------------------------------------------ one update
         began, (weights, batches), now = time.perf_counter(), ready, step + 1
-        stats = torch.zeros(3, device=device)                               # loss, gradient norm, stop
+        stats, share = torch.zeros(3, device=device), 0.0                   # loss, counted frames, stop
         for micro, batch in enumerate(batches, 1):
             with nullcontext() if micro == len(batches) or ctx.world == 1 else net.no_sync():
                 with ctx.autocast():
                     losses = net(**to_device(batch, device))                # b 2: diffusion, draft
                 # DDP averages gradients over ranks, the loss is a sum over the global batch: undo the average
                 (losses.sum() * (ctx.world / global_batch)).backward()
-            stats[0] += losses[:, 0].detach().float().sum() / global_batch
+            stats[0] += losses[:, 0].detach().float().sum()
+            share += float(model.counted(batch["cond_mask"], batch["frame_mask"]).float().mean(1).sum())
         lr = learning_rate(step, args.lr, args.warmup, args.schedule, args.steps)
         norm = update_weights(optimizers, lr, params, ema, args.ema, step, args.grad_clip)
-        stats[2] = float(STOP["since"] > 0)
+        stats[1], stats[2] = share, float(STOP["since"] > 0)
         if ctx.world > 1:                                                   # each rank has a part of the mean
             dist.all_reduce(stats)
-        stats[1], queued = norm, time.perf_counter()
+        # What is logged, and what the curriculum reads, is per frame that counts: tasks differ in how many do
+        stats[0], stats[1], queued = stats[0] / stats[1], norm, time.perf_counter()
         ready = prepare(now, *source)
         data_time = time.perf_counter() - queued
-        loss, norm, stop = stats.tolist()                                   # the only wait for the device
+        # the only wait for the device, but for one a batch where frozen text encoders sort their captions
+        loss, norm, stop = stats.tolist()
         curriculum.record(loss)
         bad = watch(loss, bad, now, path, args)
         # -------------------------------------------------------------------------------------------- log
@@ -644,10 +649,10 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
                              "data": round(data_time / seconds, 4)}})
             window.clear()
         # --------------------------------------------------------------------------------- once in a while
-        final, stop = now == args.steps, stop or now - start == args.max_updates
+        final, pause = now == args.steps, now - start == args.max_updates
         evaluating, saving, keeping = (n > 0 and now % n == 0 for n in (args.eval_every, args.save_every,
                                                                         args.keep_every))
-        if stop or final or saving:                                         # first: we may be killed soon
+        if stop or pause or final or saving:                                # first: we may be killed soon
             save(path)
         if keeping:
             save(path.with_name(f"{path.stem}-{now:07d}.pt"))
@@ -655,7 +660,9 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
             write_line(log, {"step": now, "stage": "eval", **validate(average, fixed, ctx)})
         if writes and keeping and not (final or stop):
             sample_sheet(loaded, stickers, shown, tasks, out, f"samples-{now:07d}")
-        if stop:
+        if stop or pause:
+            if bad and writes:
+                print(f"not saved: the last loss was not finite; {path} is as it was before")
             break
     if args.dry_run and ctx.main:
         seconds = float(np.mean(window[1:] or window, 0)[2])                # the first update warms up

@@ -1,6 +1,6 @@
 """Trains the autoencoder, which turns pictures of stickers into latents and back. One process.
 
-    python stickers/vae.py --data cache/fluent:0.45 cache/characters:0.3 --steps 6600 --out runs/vae
+    python stickers/vae.py --data cache/fluent:0.6 cache/characters:0.4 --steps 6600 --out runs/vae
     python train.py --vae runs/vae/vae.pt --data cache/fluent cache/characters
 
 It leaves OUT/vae.pt, in half precision. OUT/training.pt is what the same command goes on from where it was
@@ -41,7 +41,7 @@ def picture_loss(y, x):
 
 def transform(z, x, f, choice, share):
     """The same change of raw latents z and pictures x, f pixels per latent (EQ-VAE, arXiv 2502.09509).
-    choice 0..5: mirrored, upside down, two quarter turns, smaller (share in [0, 1]: 0.6 to 1), moved by half
+    choice 0..5: upside down, mirrored, two quarter turns, smaller (share in [0, 1]: 0.6 to 1), moved by half
     a latent. What decodes right after it has a spatial order that convolutions can use."""
     if choice < 2:
         return z.flip(choice - 2), x.flip(choice - 2)
@@ -49,16 +49,18 @@ def transform(z, x, f, choice, share):
         return z.rot90(2 * choice - 5, (2, 3)), x.rot90(2 * choice - 5, (2, 3))
     if choice == 4:
         edge = max(2, round(z.shape[-1] * (0.6 + 0.4 * share)))
-        resize = dict(mode="bilinear", antialias=True)
-        return F.interpolate(z, edge, **resize), F.interpolate(x, f * edge, **resize)
+        resize = dict(mode="bilinear", antialias=True)                      # no backward on Apple's GPU
+        smaller = F.interpolate(z.cpu() if z.is_mps else z, edge, **resize)
+        return smaller.to(z.device), F.interpolate(x, f * edge, **resize)
     return (z + z.roll(1, 3)) / 2, x.roll(f // 2, 3)
 
 
 def vae_losses(vae, x, noise, kl_weight, choice, share, finish):
     """Pictures (n, 4, h, w) -> losses (n,) of one update (ours).
     noise (n, c, h/f, w/f) serves twice: the posterior's sample, and extra noise of up to 0.3 standard
-    deviations, since a network's latents are never exact. The first half of the batch is compared after a
-    `transform`. finish = True trains the decoder alone, on clean latents: the last part of a run."""
+    deviations, since a network's latents are never exact. The first half of the batch, which has the weaker
+    half of that noise, is compared after a `transform`. finish = True trains the decoder alone, on clean
+    latents: the last part of a run."""
     if finish:
         with torch.no_grad():
             mean = vae.moments(x)[0]

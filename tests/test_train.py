@@ -241,8 +241,8 @@ def test_stopped_and_resumed_equals_undisturbed_bitwise(store, vae, plain, tmp_p
     """And sample sheets, evaluation and numbered checkpoints within change nothing."""
     out, flags = tmp_path / "run", ("--vae", vae, "--steps", 10, "--log-every", 3, "--eval-every", 2)
     flags += "--keep-every", 4
-    printed = go(out, store, *flags, "--max-updates", 5)
-    assert "same command" in printed and load(out / "last.pt")["step"] == 5
+    printed = go(out, store, *flags, "--max-updates", 4)
+    assert "same command" in printed and load(out / "last.pt")["step"] == 4
     go(out, store, *flags, hooks=[("checkpoint_must_go",)])
     assert not difference(plain / "last.pt", out / "last.pt")
     assert log_of(plain, "eval") == [x for x in log_of(out, "eval") if x["step"] in (4, 8, 10)]
@@ -458,6 +458,9 @@ def test_non_finite_losses_stop_the_run_with_advice(store, vae, tmp_path):
     data = load(out / "last.pt")
     assert data["step"] == 4 and all(torch.isfinite(x).all() for x in data["model"].values())
     assert any(x["loss"] is None for x in log_of(out, "main"))
+    paused = tmp_path / "paused"                                            # fault: "goes on", and no file was
+    printed = go(paused, store, *flags, "--max-updates", 5, hooks=[("nan_losses", 4, 99)])
+    assert "not saved: the last loss" in printed and load(paused / "last.pt")["step"] == 4
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
