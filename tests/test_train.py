@@ -231,6 +231,16 @@ def test_autocast_copies_of_weights_do_not_pile_up(checkpointing):
     assert {p.dtype for p in net.parameters()} == {p.grad.dtype for p in net.parameters()} == {torch.float32}
 
 
+def test_what_is_logged_does_not_tell_how_many_frames_were_given(store, vae, tmp_path):
+    """A network that has learnt nothing puts out zeros: its loss is the mean square of v, about 1 a frame."""
+    flags = ("--vae", vae, "--steps", 2, "--lr", 0, "--log-every", 1, "--full", 1, "--batch-size", 8)
+    for task in ("t2v", "predict_post"):                                    # all are made, or half and less
+        go(tmp_path / task, store, *flags, "--tasks", task)
+        losses = losses_of(tmp_path / task)
+        assert (losses > 0.6).all() and (losses < 1.6).all(), (task, losses)
+        assert [x["loss"] for x in log_of(tmp_path / task, "main")] == losses.tolist()
+
+
 def test_accumulation_equals_one_large_batch(store, vae, joint, tmp_path):
     go(tmp_path / "run", store, "--vae", vae, "--batch-size", 1, "--accumulation", 4, *JOINT)
     assert largest(load(joint / "last.pt"), load(tmp_path / "run" / "last.pt")) < 1e-6
@@ -458,7 +468,7 @@ def test_non_finite_losses_stop_the_run_with_advice(store, vae, tmp_path):
     data = load(out / "last.pt")
     assert data["step"] == 4 and all(torch.isfinite(x).all() for x in data["model"].values())
     assert any(x["loss"] is None for x in log_of(out, "main"))
-    paused = tmp_path / "paused"                                            # fault: "goes on", and no file was
+    paused = tmp_path / "paused"                                            # fault: it said nothing
     printed = go(paused, store, *flags, "--max-updates", 5, hooks=[("nan_losses", 4, 99)])
     assert "not saved: the last loss" in printed and load(paused / "last.pt")["step"] == 4
 
