@@ -264,7 +264,6 @@ def check(args):
         (a.every and (a.image or a.mode == "loop" or a.mode == "generate" and not a.input),
          "--every: only where several frames of --input are used; remove it"),
         (a.mode == "loop" and len(a.input) > 1, "--mode loop: takes one --input; remove the others"),
-        (a.image and a.frames == 1, "--frames 1 with --image: there is nothing to make"),
         (a.length and a.mode == "loop", "--length with --mode loop: remove it, or use --frames"),
         (a.length and a.frames, "--length and --frames: remove one"),
         (a.frames and a.mode == "interpolate", "--frames with --mode interpolate: use --length"),

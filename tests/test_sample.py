@@ -481,7 +481,6 @@ WRONG = {   # flags -> what the line must name
     "--image a-1.webp --out a.webp --seeds 0-1": "a-1.webp is the input",
     "--image a-sheet.webp --out a.webp --seeds 0-1": "a-sheet.webp is the input",
     "--text cat --length 1001": "--length: 1001",
-    "--image one.webp --frames 1": "nothing to make",
     "--mode loop --input soft.webp one.webp": "takes one --input",
     "--mode loop --input soft.webp --input one.webp": "takes one --input",
     "--text cat --speed 3": "--speed",
