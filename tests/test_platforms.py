@@ -107,7 +107,7 @@ def test_every_limit_of_every_platform_holds(tmp_path, capsys, sources, platform
     said = capsys.readouterr().err
     assert said.count("\n") <= 1 and (done["message"] in said)
     assert ("frames" in said) == (done["frames"] < len(frames))
-    assert done["frames"] >= len(back) or platform == "telegram"            # of one rate: more, if times differ
+    assert done["frames"] >= len(back) or platform == "telegram"       # one rate: more, if times differ
     assert ("seconds" in said) == (sum(times) > 1000 * LIMITS[platform][6] or
                                    platform == "line" and sum(times) % 1000 > 0)
     assert data.read_metadata(path) == {"a": 'b=c; "d"'}
