@@ -132,12 +132,12 @@ def ffmpeg():
 
 
 def _video_frames(path):
-    path = str(Path(path).resolve())                         # "cat:1.webm" would be a protocol of ffmpeg's
-    reader = ffmpeg().read_frames(path)
+    source = str(Path(path).resolve())                       # "cat:1.webm" would be a protocol of ffmpeg's
+    reader = ffmpeg().read_frames(source)
     codec = next(reader)["codec"].split()[0]
     reader.close()
     own = {"vp8": ["-c:v", "libvpx"], "vp9": ["-c:v", "libvpx-vp9"]}.get(codec, [])   # the others drop alpha
-    reader = ffmpeg().read_frames(path, "rgba", bits_per_pixel=32, input_params=own)
+    reader = ffmpeg().read_frames(source, "rgba", bits_per_pixel=32, input_params=own)
     meta = next(reader)
     for i, frame in enumerate(reader):
         _limit(path, i + 1, meta["size"])
@@ -232,6 +232,16 @@ def pick_by_time(times, count):
     return np.searchsorted(ends, (np.arange(count) + 0.5) * ends[-1] / count)
 
 
+def resample(frames, times, count, least):
+    """-> (`count` frames by time, all as long and at least `least` ms, which of the frames they are)."""
+    index = pick_by_time(times, count)
+    if count > 1 and (frames[index] == frames[index[0]]).all():      # what moves is short: it must be seen
+        index[-1] = (frames != frames[index[0]]).sum((1, 2, 3)).argmax()
+        index.sort()
+    ends = np.linspace(0, max(sum(times), least * count), count + 1)
+    return frames[index], np.diff(ends.round()).astype(int).tolist(), index
+
+
 def fit_platform(frames, times, row):
     """Straight frames and ms -> (frames, ms, loops, what was given up) within the limits of a Platform."""
     count, total, lost = len(frames), sum(times), []
@@ -239,20 +249,16 @@ def fit_platform(frames, times, row):
         raise DataError(f"--for makes moving stickers and this is a still picture; for a still one use "
                         f"`data.py convert IN OUT.{row.still}`")
     wanted = min(total, 1000 * row.seconds)
+    over = wanted < total
     wanted = max(1, round(wanted / 1000 / row.unit)) * 1000 * row.unit if row.unit else wanted
     if wanted != total:
         how = "faster" if wanted < total else "slower"
         lost.append(f"{wanted / 1000:g} seconds instead of {total / 1000:.4g} (it plays {how})")
         times, total = np.diff((np.cumsum([0, *times]) * wanted / total).round()).astype(int).tolist(), wanted
     kept = max(row.fewest, min(count, row.most, int(total / row.ms + 1e-6)))
-    if kept != count or min(times) < row.ms:
-        index = pick_by_time(times, kept)
-        if (frames[index] == frames[index[0]]).all():        # what moves is short: that it moves must be seen
-            index[-1] = (frames != frames[index[0]]).sum((1, 2, 3)).argmax()
-            index.sort()
-        frames, used = frames[index], len(set(index))
-        lost += [f"{used} of {count} frames"] * (used < count)
-        times = np.diff(np.linspace(0, max(total, row.ms * kept), kept + 1).round()).astype(int).tolist()
+    if over or kept != count or min(times) < row.ms:
+        frames, times, index = resample(frames, times, kept, row.ms)
+        lost += [f"{len(set(index))} of {count} frames"] * (len(set(index)) < count)
     seen = (frames[..., 3] > 0).mean((1, 2))
     first = int((seen >= seen.max() / 2).argmax()) if row.whole else 0
     lost += [f"its start (it begins with frame {first + 1}, the first that shows enough)"] * (first > 0)
@@ -365,9 +371,8 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
         frames = unpremultiply(fit_frames(frames, size))
     frames = np.where(frames[..., 3:] > 0, frames, 0)
     if suffix == ".gif" and min(times) < 20:                 # viewers slow down what is faster
-        kept = max(1, min(count, sum(times) // 20))
-        frames, lost = frames[pick_by_time(times, kept)], [f"{kept} of {count} frames"] * (kept < count)
-        times = np.diff(np.linspace(0, max(sum(times), 20), kept + 1).round()).astype(int).tolist()
+        frames, times, index = resample(frames, times, min(count, max(2, sum(times) // 20)), 20)
+        lost = [f"{len(set(index))} of {count} frames"] * (len(set(index)) < count)
     if suffix == ".png":
         frames, times = np.concatenate(frames, 1)[None], [sum(times)]
     text = None if metadata is None else json.dumps(metadata)
@@ -834,10 +839,11 @@ class Stickers:
         _, caption, tags = self.texts(item)
         if not tags:
             return caption
+        named = [caption] * (caption != "")
         if rng is None:
-            return ", ".join([caption] * (caption != "") + tags[:1])
+            return ", ".join(named + tags[:1])
         more = rng.permutation(tags[1:])[:rng.integers(4)].tolist() if tags[1:] else []
-        return ", ".join([caption] * (rng.random() >= 0.25 and caption != "") + tags[:1] + more)
+        return ", ".join(named * (rng.random() >= 0.25) + tags[:1] + more)
 
     def select(self, split):
         """Positions (int64, increasing) of the stickers of a split, "train" or "held_out"."""
