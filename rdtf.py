@@ -73,6 +73,7 @@ class Config:
     steps: int = 50
     text_scale: float = 7.5
     image_scale: float = 7.5
+    temperature: float = 1.0              # standard deviation of the noise that sampling starts from
 
     def __post_init__(self):
         for name in ("widths", "text_dims", "vae_widths"):
@@ -97,7 +98,7 @@ class Config:
 
 SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
              pooled_text=True, film=True, draft=True, bypass=True, sampler="dpm", steps=8, text_scale=2.0,
-             image_scale=1.0)
+             image_scale=1.0, temperature=0.8)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
@@ -1189,30 +1190,47 @@ def to_device(x, device):
     return {k: v.to(device, non_blocking=True) for k, v in x.items()}
 
 
-def decode_clips(vae, x, z, frames, cond_mask):
+def decode_clips(vae, x, z, frames, cond_mask, frame_mask):
     """Latents x (b, t, c, h, w) -> pictures (b, t, 4, s, s); where cond_mask (b, t) is True: `frames`, whose
     latents are z.
 
-    What the autoencoder loses of the given frames is known. Made frames get their blend of it back where they
-    show what the blend of the given ones shows (ours: 0.5 dB between Fluent frames, benchmarks/README.md)."""
+    What the autoencoder loses of the given frames is known, and of their bridge, too. A made frame gets back
+    what is lost of the one among these that it is most like, place by place, as far as it is like it (ours:
+    0.7 dB between Fluent frames, benchmarks/README.md)."""
+    def show(z):
+        return torch.stack([vae.decode(row) for row in z]).float()
     given = spread(cond_mask)
-    clip = torch.stack([vae.decode(row) for row in torch.where(given, z, x)]).float()
-    lost, seen = blend(frames - clip, cond_mask), blend(clip, cond_mask)
-    apart = F.avg_pool2d((clip - seen).square().mean(2), 5, 1, 2, count_include_pad=False)    # b t s s
-    alike = torch.exp(-apart / 0.1 ** 2)[:, :, None]
-    return torch.where(given, frames, premultiplied(clip + alike * lost))
+    clip = show(torch.where(given, z, x))                                   # b t 4 s s
+    if not cond_mask.any():
+        return clip
+    # the bridge, as the autoencoder shows it: mean of the bridge of what it shows, and of what it shows of it
+    guess, shown = (bridge(y, cond_mask, frame_mask) for y in (frames, clip))
+    shown = (shown + show(bridge(z, cond_mask, frame_mask))) / 2
+    known = [(clip[:, [i]], (frames - clip)[:, [i]], cond_mask[:, i]) for i in range(clip.shape[1])]
+    known += [(shown, guess - shown, cond_mask.any(1))]                     # looks, what is lost, is there?
+    apart = []
+    for look, _, there in known:                                            # each b t s s
+        d = F.avg_pool2d((clip - look).square().mean(2), 9, 1, 4, count_include_pad=False)
+        apart.append(torch.where(there[:, None, None, None], d, 9.0))
+    apart = torch.stack(apart)
+    alike = (-apart / 0.03 ** 2).softmax(0) * torch.exp(-apart / 0.1 ** 2)
+    back = sum(a[:, :, None] * lost for a, (_, lost, _) in zip(alike, known))
+    return torch.where(given, frames, premultiplied(clip + back))
 
 
 @torch.no_grad()
 def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=None, sampler=None, eta=1.0,
-                 text_scale=None, image_scale=None, negative="", seeds=(0,), bf16=None, progress=None):
+                 text_scale=None, image_scale=None, temperature=None, negative="", seeds=(0,), bf16=None,
+                 progress=None):
     """The one way to sample: (b, F, 4, s, s) premultiplied RGBA in [0, 1] in and out.
 
     captions: b strings, "" = no text. frames: given frames where cond_mask (b, F) is True, anything
     elsewhere. frame_mask (b, F): True = a frame that is wanted; None = all. seeds: a number or CPU generator
-    per sticker. negative takes the place of "no text" in guidance. None: the checkpoint's own sampler, steps
-    and scales, but with `residual` a text scale of 1 (half the work) where two frames or more are given: they
-    say more than the caption (ours); bf16 where the device has it. progress(i, y) is called after every step.
+    per sticker. negative takes the place of "no text" in guidance. temperature: the noise is multiplied by
+    it; below 1 clips come nearer to the one-step mean: calmer, and less torn (ours). None: the checkpoint's
+    own sampler, steps, scales and temperature, but with `residual` a text scale of 1 (half the work) where
+    two frames or more are given: they say more than the caption (ours); bf16 where the device has it.
+    progress(i, y) is called after every step.
     """
     model, vae, cfg, _ = loaded
     device, b = model.abar.device, len(captions)
@@ -1225,12 +1243,14 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
         told = cfg.residual and not negative and bool((cond.sum(1) > 1).all())
         text_scale = 1.0 if told else cfg.text_scale
     image_scale = cfg.image_scale if image_scale is None else image_scale
+    temperature = cfg.temperature if temperature is None else temperature
     if len(seeds) != b:
         raise ValueError(f"{len(seeds)} seeds for {b} stickers: give one each")
     gens = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(int(s)) for s in seeds]
 
     def noise():  # one generator per sticker, always on the CPU: it depends on no batch and no device
-        return torch.stack([torch.randn(cfg.latent_shape, generator=g) for g in gens]).to(device)
+        drawn = torch.stack([torch.randn(cfg.latent_shape, generator=g) for g in gens])
+        return temperature * drawn.to(device)
 
     bf16 = has_bf16(device) if bf16 is None else bf16
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -1243,5 +1263,5 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
                                    any(c != negative for c in captions))
         x = finish(sample(denoise, y, steps or cfg.steps, sampler or cfg.sampler, eta, noise, progress,
                           model.abar))
-        clip = decode_clips(vae, x, z, frames, cond)
+        clip = decode_clips(vae, x, z, frames, cond, real)
     return torch.where(spread(real), clip, 0.0)

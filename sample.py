@@ -228,6 +228,8 @@ def parser():
     a("--image-scale", type=scale,
       help="guidance by the given frames, 1 = none; default: the checkpoint's; not for tiny and base, which "
            "diffuse the difference to them")
+    a("--temperature", type=number(float, 0, 2),
+      help="of the noise: below 1 calmer and cleaner, above livelier; default: the checkpoint's")
     a("--out", default="",
       help=f"file, suffix {' '.join(LEVELS)} (.png: frames side by side), or - for stdout; several seeds: "
            "NAME-SEED; default: sticker.webp, with --for its suffix")
@@ -339,7 +341,8 @@ def run(args, command):
             return sample_clips(loaded, [args.text] * len(frames), frames, cond, real, steps=args.steps,
                                 sampler=args.sampler, eta=1.0 if args.eta is None else args.eta,
                                 text_scale=args.text_scale, image_scale=args.image_scale, seeds=gens,
-                                negative=args.negative, progress=lambda i, x: bar.update(1),
+                                temperature=args.temperature, negative=args.negative,
+                                progress=lambda i, x: bar.update(1),
                                 bf16={"auto": None, "bf16": True, "fp32": False}[args.precision]).cpu()
 
         made, source = mode(make, given.expand(len(group), *given.shape), args, F)

@@ -386,7 +386,8 @@ def check_config(path, old, new, free=()):
     """DataError unless the Config of a file is that of this run, but for how it samples and what is free."""
     for key, value in asdict(new).items():
         was = getattr(old, key)
-        if key not in ("sampler", "steps", "text_scale", "image_scale", *free) and was != value:
+        sampling = "sampler", "steps", "text_scale", "image_scale", "temperature"
+        if key not in (*sampling, *free) and was != value:
             raise DataError(f"{path}: made with {key} = {was}, this run has {value}; take the --preset and "
                             "flags it was made with, or another file or --out")
 

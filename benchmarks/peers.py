@@ -80,7 +80,7 @@ def sample_rdtf(args, out, captions):
     """Captions -> clips (n, 8, h, w, 4), sampled as the preset says."""
     blank = np.zeros((len(captions), FRAMES, SIZE, SIZE, 4), np.float32)
     settings = SimpleNamespace(ckpt=out / "last.pt", precision="auto", batch=8, steps=None, sampler=None,
-                               eta=1.0, text_scale=None, image_scale=None)
+                               eta=1.0, text_scale=None, image_scale=None, temperature=None)
     model = rdtf.load_model(out / "last.pt")
     return quality.generate(model, blank, captions, quality.NONE, settings, list(range(len(blank))))
 

@@ -414,7 +414,7 @@ def generate(model, clips, captions, mask, args, seeds):
         made = rdtf.sample_clips(
             model, captions[part], to_torch(clips[part]), np.repeat(mask[None], len(clips[part]), 0),
             steps=args.steps, sampler=args.sampler, eta=args.eta, text_scale=args.text_scale,
-            image_scale=args.image_scale, seeds=seeds[part], bf16=bf16)
+            image_scale=args.image_scale, temperature=args.temperature, seeds=seeds[part], bf16=bf16)
         out.append(made.float().cpu().permute(0, 1, 3, 4, 2).numpy())
     out = np.concatenate(out)
     if not np.isfinite(out).all():
@@ -425,7 +425,8 @@ def generate(model, clips, captions, mask, args, seeds):
 @torch.no_grad()
 def decode(vae, x, z, clips, mask):
     """Latents x (n, t, c, h, w) of made frames, z of `clips` -> clips (n, t, h, w, 4), as in sampling."""
-    made = rdtf.decode_clips(vae, x, z, to_torch(clips, z.device), given_in(clips, mask, z.device))
+    given = given_in(clips, mask, z.device)
+    made = rdtf.decode_clips(vae, x, z, to_torch(clips, z.device), given, torch.ones_like(given))
     return made.cpu().permute(0, 1, 3, 4, 2).numpy()
 
 
@@ -687,7 +688,7 @@ def settings_of(args, cfg):
     """How was sampled: what the flags leave open is the checkpoint's."""
     found = {key: getattr(args, key) for key in ("ckpt", "data", "eta", "precision")}
     return found | {key: getattr(cfg, key) if getattr(args, key) is None else getattr(args, key)
-                    for key in ("steps", "sampler", "text_scale", "image_scale")}
+                    for key in ("steps", "sampler", "text_scale", "image_scale", "temperature")}
 
 
 def cell(measure, entry):
@@ -707,8 +708,9 @@ def markdown(mode, table):
 def report(results):
     plan, s = results["plan"], results["settings"]
     lines = [f"N = {len(plan['items'])} held-out stickers of {plan['size']} px, 8 frames; {s['steps']} steps "
-             f"of {s['sampler']}, scales {s['text_scale']} (text) and {s['image_scale']} (image); value ± "
-             "half of the 95 % bootstrap interval; per-pixel measures on the made frames only.", ""]
+             f"of {s['sampler']}, scales {s['text_scale']} (text) and {s['image_scale']} (image), "
+             f"temperature {s['temperature']}; value ± half"
+             " of the 95 % bootstrap interval; per-pixel measures on the made frames only.", ""]
     return "\n".join(lines + [markdown(mode, table) for mode, table in results["modes"].items()])
 
 
@@ -844,6 +846,7 @@ def sampling_flags(p):
     p.add_argument("--eta", type=float, default=1.0, help="noise of DDIM: 0 none, 1 the paper's")
     p.add_argument("--text-scale", type=float, help="guidance by caption, 1 = none")
     p.add_argument("--image-scale", type=float, help="guidance by given frames")
+    p.add_argument("--temperature", type=float, help="of the noise")
 
 
 def data_flags(p, several=None):

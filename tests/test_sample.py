@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -252,6 +252,21 @@ def test_between_given_frames_the_caption_counts_once(here, monkeypatch):
     assert scales == [3, 3, 1, 3, 3, 3, 2, 2, 2, 3, 3, 3]
 
 
+def test_temperature_scales_the_noise_the_first_and_the_later_one(here, monkeypatch):
+    loaded, seen = load_model("micro.pt"), []
+    frames, cond = torch.zeros(1, 8, 4, 32, 32), np.zeros((1, 8), bool)
+
+    def spy(denoise, y, steps, sampler, eta, noise, *rest):
+        seen.append((y, noise()))
+        return y
+    monkeypatch.setattr(rdtf, "sample", spy)
+    for more in ({}, {"temperature": 1.0}, {"temperature": 0.5}):
+        sample_clips(loaded, ["cat"], frames, cond, **more)
+    sample_clips(loaded._replace(cfg=replace(loaded.cfg, temperature=0.5)), ["cat"], frames, cond)
+    for own, one, half, told in zip(*seen):
+        assert torch.equal(own, one) and torch.equal(one / 2, half) and torch.equal(half, told)
+
+
 def test_negative_text_steers_without_a_caption_too(here):
     loaded, frames, cond = load_model("micro.pt"), torch.zeros(1, 8, 4, 32, 32), np.zeros((1, 8), bool)
 
@@ -460,6 +475,7 @@ WRONG = {   # flags -> what the line must name
     "--text cat --steps 0": "--steps: 0",
     "--text cat --sampler dpm --eta 1": "--eta with --sampler dpm",
     "--text cat --eta 1.5": "--eta: 1.5",
+    "--text cat --temperature -1": "--temperature: -1",
     "--text cat --text-scale inf": "--text-scale: inf",
     "--text cat --text-scale 1 --negative dog": "--negative",
     "--text cat --ckpt ours.pt --image-scale 2": "--image-scale 2",

@@ -253,14 +253,25 @@ def test_what_the_autoencoder_loses_comes_back_where_a_made_frame_shows_the_same
     frames = rdtf.premultiplied(torch.rand(1, 8, 4, 16, 16, generator=gen))
     frames[:, 1:] = frames[:, :1]                                           # a still ...
     frames[:, 6:, :, :, 8:] = 1 - frames[:, 6:, :, :, 8:]                   # ... that changes in one half
-    given, z = torch.arange(8)[None] == 0, frames[..., ::2]
-    clip = rdtf.decode_clips(HalfVAE(), z, z, frames, given)
+    given, real, z = torch.arange(8)[None] == 0, torch.ones(1, 8, dtype=torch.bool), frames[..., ::2]
+    clip = rdtf.decode_clips(HalfVAE(), z, z, frames, given, real)
     plain = rdtf.premultiplied(HalfVAE().decode(z))
     assert torch.equal(clip[:, 0], frames[:, 0]) and not torch.allclose(plain[:, 1], frames[:, 1], atol=0.1)
     assert torch.allclose(clip[:, 1:6], frames[:, 1:6], atol=1e-6)          # all is back
-    left = clip[:, 6:, :, :, :5]
-    assert torch.allclose(left, frames[:, 6:, :, :, :5], atol=1e-6)         # here, too, out of reach of
-    assert torch.allclose(clip[:, 6:, :, :, 11:], plain[:, 6:, :, :, 11:], atol=1e-3)       # what changed
+    left = clip[:, 6:, :, :, :4]
+    assert torch.allclose(left, frames[:, 6:, :, :, :4], atol=1e-6)         # here, too, out of reach of
+    assert torch.allclose(clip[:, 6:, :, :, 12:], plain[:, 6:, :, :, 12:], atol=1e-3)       # what changed
     assert 0 <= clip.min() and (clip[:, :, :3] <= clip[:, :, 3:]).all()
-    none = rdtf.decode_clips(HalfVAE(), z, z, frames, torch.zeros_like(given))
-    assert torch.equal(none, plain)                                         # nothing given, nothing known
+    both = torch.cat([given, torch.zeros_like(given)])                      # nothing given, nothing known
+    two = rdtf.decode_clips(HalfVAE(), *(x.repeat(2, 1, 1, 1, 1) for x in (z, z, frames)), both,
+                            real.repeat(2, 1))
+    assert torch.equal(two[:1], clip) and torch.equal(two[1:], plain)
+    assert torch.equal(rdtf.decode_clips(HalfVAE(), z, z, frames, ~real, real), HalfVAE().decode(z))
+
+
+def test_a_pose_that_comes_back_gets_its_own_details_not_those_of_the_nearest_given_frame():
+    gen = torch.Generator().manual_seed(1)
+    a, b = rdtf.premultiplied(torch.rand(2, 4, 16, 16, generator=gen)).unbind()
+    frames, real = torch.stack([a, b, a, b, a, b, a, b])[None], torch.ones(1, 8, dtype=torch.bool)
+    given, z = torch.arange(8)[None] < 2, frames[..., ::2]
+    assert torch.allclose(rdtf.decode_clips(HalfVAE(), z, z, frames, given, real), frames, atol=1e-3)
