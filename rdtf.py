@@ -98,7 +98,7 @@ class Config:
 
 SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
              pooled_text=True, film=True, draft=True, bypass=True, sampler="dpm", steps=8, text_scale=2.0,
-             image_scale=1.0, temperature=0.8)
+             image_scale=1.0, temperature=0.7)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
     "tiny": dict(SMALL),
