@@ -96,6 +96,7 @@ class Config:
         return self.frames, self.latent_channels, self.size // self.f, self.size // self.f
 
 
+SAMPLING = ("sampler", "steps", "text_scale", "image_scale", "temperature")     # fields that training ignores
 SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
              pooled_text=True, film=True, draft=True, bypass=True, sampler="dpm", steps=8, text_scale=2.0,
              image_scale=1.0, temperature=0.7)
@@ -1211,7 +1212,7 @@ def decode_clips(vae, x, z, frames, cond_mask, frame_mask):
     apart = []
     for look, _, there in known:                                            # each b t s s
         d = F.avg_pool2d((clip - look).square().mean(2), 9, 1, 4, count_include_pad=False)
-        apart.append(torch.where(there[:, None, None, None], d, 9.0))
+        apart.append(torch.where(there[:, None, None, None], d, 9.0))       # 9: farther than any
     apart = torch.stack(apart)
     alike = (-apart / 0.03 ** 2).softmax(0) * torch.exp(-apart / 0.1 ** 2)
     back = sum(a[:, :, None] * lost for a, (_, lost, _) in zip(alike, known))

@@ -39,8 +39,8 @@ from tqdm import tqdm
 from curriculum import TASKS, Curriculum, make_masks
 from data import (DataError, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
                   write_sticker)
-from rdtf import (FORMAT, PRESETS, RDTF, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded, add_lora,
-                  alphas_cumprod, blend, drop_words, find_device, fingerprint, has_bf16, load_model,
+from rdtf import (FORMAT, PRESETS, RDTF, SAMPLING, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded,
+                  add_lora, alphas_cumprod, blend, drop_words, find_device, fingerprint, has_bf16, load_model,
                   load_vae, read_weights, reason, sample_clips, to_device)
 
 HERE = Path(__file__).parent
@@ -386,8 +386,7 @@ def check_config(path, old, new, free=()):
     """DataError unless the Config of a file is that of this run, but for how it samples and what is free."""
     for key, value in asdict(new).items():
         was = getattr(old, key)
-        sampling = "sampler", "steps", "text_scale", "image_scale", "temperature"
-        if key not in (*sampling, *free) and was != value:
+        if key not in (*SAMPLING, *free) and was != value:
             raise DataError(f"{path}: made with {key} = {was}, this run has {value}; take the --preset and "
                             "flags it was made with, or another file or --out")
 

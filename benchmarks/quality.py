@@ -688,7 +688,7 @@ def settings_of(args, cfg):
     """How was sampled: what the flags leave open is the checkpoint's."""
     found = {key: getattr(args, key) for key in ("ckpt", "data", "eta", "precision")}
     return found | {key: getattr(cfg, key) if getattr(args, key) is None else getattr(args, key)
-                    for key in ("steps", "sampler", "text_scale", "image_scale", "temperature")}
+                    for key in rdtf.SAMPLING}
 
 
 def cell(measure, entry):
@@ -709,8 +709,8 @@ def report(results):
     plan, s = results["plan"], results["settings"]
     lines = [f"N = {len(plan['items'])} held-out stickers of {plan['size']} px, 8 frames; {s['steps']} steps "
              f"of {s['sampler']}, scales {s['text_scale']} (text) and {s['image_scale']} (image), "
-             f"temperature {s['temperature']}; value ± half"
-             " of the 95 % bootstrap interval; per-pixel measures on the made frames only.", ""]
+             f"temperature {s['temperature']}; value ± half of the 95 % bootstrap interval; "
+             "per-pixel measures on the made frames only.", ""]
     return "\n".join(lines + [markdown(mode, table) for mode, table in results["modes"].items()])
 
 
