@@ -368,7 +368,8 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
         suffix, max_kb = row.suffix.replace(".png", ".apng"), row.kb
         frames, times, loops, lost = fit_platform(frames, times, row)
     elif size:
-        frames = unpremultiply(fit_frames(frames, size))
+        _limit(path, len(frames), (size, size))
+        frames = np.stack([unpremultiply(x) for x in fit_frames(frames, size)])
     frames = np.where(frames[..., 3:] > 0, frames, 0)
     if suffix == ".gif" and min(times) < 20:                 # viewers slow down what is faster
         frames, times, index = resample(frames, times, min(count, max(2, sum(times) // 20)), 20)
@@ -534,7 +535,7 @@ class Item(NamedTuple):
 def is_held_out(concept, share=0.1):
     """About this share of all concepts, the same ones everywhere: a hash of the name decides (ours)."""
     number = hashlib.blake2s(concept.encode("utf-8", "surrogatepass")).digest()[:4]
-    return int.from_bytes(number, "little") % round(1 / share) == 0
+    return int.from_bytes(number, "little") % round(1 / max(share, 1e-9)) == 0
 
 
 def _read_metadata(path):
@@ -548,7 +549,7 @@ def _read_metadata(path):
                 tags, split = row.get("tags") or [], row.get("split") or SPLITS[0]
                 if not isinstance(tags, list) or split not in SPLITS:
                     raise ValueError("tags are a list of words, split is train or held_out")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: line {number} must be a JSON object with file_name and text in UTF-8 "
                             f"({error}); correct it") from error
     return rows
@@ -704,6 +705,12 @@ def in_order(work, items, workers, timeout=120):
         for process in processes:                            # one may have started meanwhile
             process.kill()
             process.communicate()
+
+
+def cores():
+    """How many CPU cores this process may use: of torchrun's processes each has its share."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def sort_out(results, filters, seen):
@@ -920,7 +927,8 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
     """
     out, inputs = Path(out).resolve(), hashlib.blake2b(inputs.encode()).hexdigest()
     work = out.with_name(out.name + ".partial")
-    for path, whole in (out, is_store(out)), (work, (work / "inputs").exists()):
+    old = out.with_name(out.name + ".old")
+    for path, whole in (out, is_store(out)), (work, (work / "inputs").exists()), (old, is_store(old)):
         if path.exists() and not whole and (not path.is_dir() or any(path.iterdir())):
             raise DataError(f"{path}: exists and is no prepared store; choose another --out")
     if (out / "inputs").exists() and (out / "inputs").read_text() == inputs:
@@ -951,8 +959,8 @@ def write_store(out, meta, inputs, shards, make, check=lambda left_out: None):
     _put(work / "index.npy", whole.index)
     _put(work / "text.npy", whole.text)
     _put(work / "meta.json", json.dumps(whole.meta | {"shards": shards}, indent=1))
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
     if out.exists():
+        shutil.rmtree(old, ignore_errors=True)               # of a call that was killed just here
         os.replace(out, old)
     os.replace(work, out)
     shutil.rmtree(old, ignore_errors=True)
@@ -1021,7 +1029,7 @@ def open_stickers(spec, size, most=8, hold_out=0.05):
             rows.append((item, keep_keyframes(premultiply(frames), sum(times), most)))
     else:
         items = list_stickers(spec, hold_out)
-        rows, left_out = decode(items, size, most, FILTERS, os.cpu_count() if len(items) > 200 else 0, {})
+        rows, left_out = decode(items, size, most, FILTERS, cores() if len(items) > 200 else 0, {})
         report(spec, len(items), left_out, 0.1)
     frames, index, text = pack(rows, size, most)
     return Stickers([frames], index, text, make_meta(size, most))
@@ -1056,7 +1064,8 @@ def make_store(args, make):
 
 
 def one_line(name, work):
-    """Calls work() -> exit status. What a user can mend becomes one line; bugs keep their traceback."""
+    """Calls work() -> exit status. What a user can mend becomes one line, other faults keep their traceback
+    (but a ValueError, which is how rdtf.py refuses bad input)."""
     try:
         work()
         return 0
@@ -1064,8 +1073,9 @@ def one_line(name, work):
         print(f"\n{name}: stopped at once; repeat the command, a run or a store goes on where it was",
               file=sys.stderr)
         return 130
-    except (DataError, ImportError, OSError, ValueError, RuntimeError) as error:
-        message, full = " ".join(str(error).split())[:400], "out of memory" in str(error)
+    except (DataError, ImportError, MemoryError, OSError, ValueError, RuntimeError) as error:
+        full = isinstance(error, MemoryError) or "out of memory" in str(error)
+        message = " ".join(str(error).split())[:400] or "out of memory"
         if isinstance(error, RuntimeError) and not full:
             raise
         if isinstance(error, OSError) and error.filename and error.strerror:
@@ -1133,7 +1143,7 @@ def main(arguments=None):
     a("--device", default="cpu", help="where the VAE runs: cpu, cuda or mps")
     a("--size", type=number(int, 8, 1024), default=64, help="side of the pictures in pixels")
     a("--frames", type=number(int, MIN_K, 64), default=8, help="frames of the longest clip, F")
-    a("--workers", type=number(int, 0), default=os.cpu_count(), help="decoding processes; 0: this one")
+    a("--workers", type=number(int, 0), default=cores(), help="decoding processes; 0: this one")
     a("--filter", default=",".join(FILTERS), help="what to leave out, some of %(default)s; or none")
     a("--max-bad", type=number(float, 0, 1), default=0.1, help="largest share of unreadable files")
     a("--hold-out", type=number(float, 0, 0.5), default=0.05,

@@ -1207,15 +1207,16 @@ def decode_clips(vae, x, z, frames, cond_mask, frame_mask):
     # the bridge, as the autoencoder shows it: mean of the bridge of what it shows, and of what it shows of it
     guess, shown = (bridge(y, cond_mask, frame_mask) for y in (frames, clip))
     shown = (shown + show(bridge(z, cond_mask, frame_mask))) / 2
-    known = [(clip[:, [i]], (frames - clip)[:, [i]], cond_mask[:, i]) for i in range(clip.shape[1])]
-    known += [(shown, guess - shown, cond_mask.any(1))]                     # looks, what is lost, is there?
+    # (as the autoencoder shows it, as it is, is it known in this clip?)
+    known = [(clip[:, [i]], frames[:, [i]], cond_mask[:, i]) for i in range(clip.shape[1])]
+    known += [(shown, guess, cond_mask.any(1))]
     apart = []
     for look, _, there in known:                                            # each b t s s
         d = F.avg_pool2d((clip - look).square().mean(2), 9, 1, 4, count_include_pad=False)
         apart.append(torch.where(there[:, None, None, None], d, 9.0))       # 9: farther than any
     apart = torch.stack(apart)
-    alike = (-apart / 0.03 ** 2).softmax(0) * torch.exp(-apart / 0.1 ** 2)
-    back = sum(a[:, :, None] * lost for a, (_, lost, _) in zip(alike, known))
+    which, at_all = (-apart / 0.03 ** 2).softmax(0), torch.exp(-apart / 0.1 ** 2)         # is it most like?
+    back = sum(w[:, :, None] * (true - look) for w, (look, true, _) in zip(which * at_all, known))
     return torch.where(given, frames, premultiplied(clip + back))
 
 

@@ -69,9 +69,13 @@ def generate(make, given, args, F):
     ones, m = [i for i, x in enumerate(mask) if x == "1"], given.shape[1]
     if len(mask) > F:
         raise DataError(f"--mask {mask}: {len(mask)} places, this model makes {F} frames; use fewer")
-    # one picture goes to every 1, as many as there are ones go there in order, else it is a whole sticker
-    pick = [0] * len(ones) if m == 1 else list(range(m)) if m in (0, len(ones)) else ones
-    if len(pick) != len(ones) or pick and max(pick) >= m:
+    if m == 1:
+        pick = [0] * len(ones)                                     # one picture goes to every 1
+    elif m == len(ones):
+        pick = list(range(m))                                      # as many as there are ones: in order
+    elif ones and m > max(ones):
+        pick = ones                                                # a whole sticker: its own frames
+    else:
         raise DataError(f"--mask {mask}: wants 1 picture, {len(ones)} given frames or a sticker of "
                         f"{len(mask)}, --input has {m}")
     clip = window(make, given[:, pick], mask, F)
@@ -201,7 +205,7 @@ def parser():
     a("--ckpt", default="", help="checkpoint; default: the newest of runs/, else the shipped one")
     a("--lora", default="", metavar="FILE", help="what train.py --lora learnt on top of --ckpt, exported")
     a("--mode", choices=list(MODES),
-      help="default: generate with --text, --image or --mask, else interpolate. Without --input: a built-in")
+      help="default: generate with --mask, --image or --text alone, else interpolate (a built-in sticker)")
     a("--text", default="", help="caption; empty = none")
     a("--negative", default="", help="caption to steer away from (takes the place of 'no text' in guidance)")
     a("--image", default="", help="reference frame: a picture, or the first frame of a sticker")
@@ -332,7 +336,7 @@ def run(args, command):
     print(f"{args.ckpt} (update {loaded.meta['step']}): {args.mode}, {len(seeds)} sticker(s), "
           f"{args.sampler} {args.steps} steps, {device.type}")
     bar = tqdm(total=len(groups) * len(windows) * args.steps, unit="step", desc="sampling", disable=None)
-    clips = []
+    clips, failed = {}, {}
     for group in groups:
         gens = [torch.Generator().manual_seed(s) for s in group]   # one serves all windows of a sticker
 
@@ -352,17 +356,24 @@ def run(args, command):
                 if j >= 0:
                     frames[i] = straight[j]
             ms = frame_times(args, times, len(frames))
-            info = write_sticker(paths[seed], frames, ms, max_kb=args.max_kb, size=args.size,
-                                 platform=args.platform,
-                                 metadata={"command": f"{command} --seeds {seed}", **loaded.meta})
-            clips.append(frames)
-            bar.write(told(info))
+            try:
+                info = write_sticker(paths[seed], frames, ms, max_kb=args.max_kb, size=args.size,
+                                     platform=args.platform,
+                                     metadata={"command": f"{command} --seeds {seed}", **loaded.meta})
+                bar.write(told(info))
+                clips[seed] = frames
+            except DataError as error:                             # too large: must not cost the others
+                failed[seed] = error
     bar.close()
-    if several:
-        save_sheet(sheet, clips, [f"seed {s}" for s in seeds])
+    if several and clips:
+        save_sheet(sheet, list(clips.values()), [f"seed {s}" for s in clips])
+        clips = list(clips.values())
         wide = max(4, math.ceil(len(clips) / (16_383 // (cfg.size + 2))))           # WebP is no higher
         save_sheet(sheet.with_suffix(".webp"), [clips[i:i + wide] for i in range(0, len(clips), wide)])
         print(f"{sheet}, {sheet.with_suffix('.webp').name}: {len(clips)} stickers")
+    if failed:
+        more = f" (and {len(failed) - 1} more of the {len(seeds)} stickers)" * (len(failed) > 1)
+        raise DataError(f"{next(iter(failed.values()))}{more}")
 
 
 def main(argv=None):

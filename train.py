@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from statistics import NormalDist
 
@@ -92,16 +93,16 @@ def parser():
     a("--grad-clip", type=rate, default=1.0, help="largest gradient norm, 0 = no clipping")
     a("--ema", type=share, help="decay of the averaged weights, 0 = they are the newest ones")
     a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: -, LCL, DCL")
-    a("--tasks", help="comma-separated; one that is named twice weighs twice")
+    a("--tasks", help=f"comma-separated, of {', '.join(TASKS)}; one that is named twice weighs twice")
     a("--full", type=share, help="share of the clips that have all F frames, where they can")
     a("--min-frames", type=some, default=1, help="leave out stickers with fewer different frames")
     a("--drop", type=half, default=0.05,
-      help="probability of dropping text and given frames; where none is given, once more of dropping text")
+      help="probability of dropping text and given frames together; where none is given, once more of text")
     a("--text-drop", type=half, default=0.05,
-      help="probability of dropping text alone where a frame is given; 0.5 where a caption names one sticker")
+      help="probability of dropping text alone where a frame is given; set 0.5 where a caption is a name")
     a("--word-drop", type=share, help="probability that a word of the caption becomes # (release: 0.2)")
     a("--noise-levels", choices=["uniform", "normal"], help="noise steps: uniform (paper), or normal log-SNR")
-    a("--seed", type=count, default=0, help="of weights and every draw")
+    a("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of weights and every draw")
     a("--device", default="auto", help="auto, cpu, cuda or mps")
     a("--precision", default="auto", choices=["auto", "bf16", "fp32"],
       help="of the updates; auto: bf16 where it is fast")
@@ -464,21 +465,21 @@ def validate(model, fixed, ctx):
     args = argparse.Namespace(seed=1234, drop=0.0, text_drop=0.0, word_drop=0.0, noise_levels="uniform")
     losses, ev = {}, {}
     for task, rows in fixed:
-        only, sums = Curriculum("none", 1, (task,)), torch.zeros(4)         # loss, frames, two errors
+        only, sums = Curriculum("none", 1, (task,)), torch.zeros(4)
         for part in (rows[i:i + 8] for i in range(0, len(rows), 8)):
-            batch = make_batch(part, model.text, only, [1.0], args)           # the same noise everywhere
-            x0, noise, t, text, cond, real = to_device(batch, ctx.device).values()
+            batch = to_device(make_batch(part, model.text, only, [1.0], args), ctx.device)
+            x0, cond, real = batch["x0"], batch["cond_mask"], batch["frame_mask"]
             with ctx.autocast():
-                loss = model(x0, noise, t, text, cond, real)[:, 0]
-                mean = model.mean(x0, noise, text, cond, real)
-            made = real & ~cond
-            errors = [((y - x0) ** 2)[made].sum() for y in (mean, blend(x0, cond))]
-            counted = model.counted(cond, real).float().mean(1).sum()
-            sums += torch.stack([loss.sum(), counted, *errors]).float().cpu()
-        if sums[1] > 0:
-            losses[task] = float(sums[0] / sums[1])
-        if sums[3] > 0 and any(TASKS[task].given(rows[0][1])):
-            ev[task] = 1 - float(sums[2] / sums[3])
+                loss = model(**batch)[:, 0]
+                mean = model.mean(**{k: x for k, x in batch.items() if k != "t"})
+            made, counted = real & ~cond, model.counted(cond, real).float().mean(1)
+            wrong, blend_wrong = (((y - x0) ** 2)[made].sum() for y in (mean, blend(x0, cond)))
+            sums += torch.stack([loss.sum(), counted.sum(), wrong, blend_wrong]).float().cpu()
+        loss, frames, wrong, blend_wrong = sums.tolist()
+        if frames > 0:
+            losses[task] = loss / frames
+        if blend_wrong > 0 and any(TASKS[task].given(rows[0][1])):
+            ev[task] = 1 - wrong / blend_wrong
     return {"loss": sum(losses.values()) / max(1, len(losses)), **losses, "ev": ev}
 
 
@@ -590,6 +591,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     if ctx.main:
         print_parts(model, vae, args)
 
+    stickers = stickers.encode(vae)                                         # after all that may be refused
     model.net.checkpointing = args.checkpointing
     if args.compile:                                                        # in place: names of weights stay
         model.compile()
@@ -727,9 +729,9 @@ def open_data(args, cfg, fewest):
         paths.append(named[1] if named else spec)
         shares.append(float(named[2]) if named else None)
     stickers, source = join([open_stickers(p, cfg.size, cfg.frames, args.hold_out) for p in paths])
-    keep = stickers.index["count"] >= fewest
-    train, held = (stickers.select(split)[keep[stickers.select(split)]] for split in ("train", "held_out"))
-    groups, shown = ([x[source[x] == s] for s in range(len(paths))] for x in (train, held))
+    usable, split = stickers.index["count"] >= fewest, stickers.index["split"]
+    groups, shown = ([np.flatnonzero(usable & (source == s) & (split == part)) for s in range(len(paths))]
+                     for part in (0, 1))                                    # 0: training, 1: held out
     for path, group in zip(paths, groups):
         if not len(group):
             raise DataError(f"--data {path}: nothing is left to train on; lower --min-frames, widen --tasks")
@@ -738,8 +740,8 @@ def open_data(args, cfg, fewest):
         raise DataError(f"--data: the shares sum to {named:g}; they must leave something to sets without "
                         "one, or sum to 1")
     shares = [s or (1 - named) * len(g) / free for g, s in zip(groups, shares)]
-    turns = [[g[i] for g in shown if i < len(g)] for i in range(max(map(len, shown)))]
-    return stickers, Order(groups, shares, args.seed), [i for turn in turns for i in turn]
+    in_turn = [i for turn in zip_longest(*shown) for i in turn if i is not None]
+    return stickers, Order(groups, shares, args.seed), in_turn
 
 
 def run(args):
@@ -749,8 +751,8 @@ def run(args):
         out.mkdir(parents=True, exist_ok=True)
     curriculum = Curriculum(args.curriculum, args.steps, tasks, made=cfg.clean)
     stills = any(curriculum.allowed(t, 1) for t in tasks)                   # can a still train any of them?
-    stickers, order, shown = open_data(args, cfg, args.min_frames if stills else max(2, args.min_frames))
     vae = open_vae(args, cfg).to(ctx.device)
+    stickers, order, shown = open_data(args, cfg, args.min_frames if stills else max(2, args.min_frames))
     if ctx.main:
         batch, count = args.batch_size * args.accumulation * ctx.world, sum(map(len, order.groups))
         print(json.dumps({"config": asdict(cfg), "flags": vars(args)}))
@@ -761,7 +763,7 @@ def run(args):
     if not shown:                                                           # then show what it trains on
         shown = [i for group in order.groups for i in group[:64]]
     shown = [i for i in shown if stickers.index["count"][i] > 1] or shown
-    finished = train(cfg, vae, stickers.encode(vae), order, shown, curriculum, args, ctx, out)
+    finished = train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out)
     if ctx.main and not args.dry_run:
         ckpt, caption = shlex.quote(str(out / "last.pt")), shlex.quote(stickers.caption(shown[0]))
         print(f"done: {ckpt}, {out / 'samples.webp'}, {out / 'loss.png'}. Next:\n"

@@ -16,7 +16,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import re
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DataError, write_sticker  # noqa: E402
+from data import DataError, cores, write_sticker  # noqa: E402
 from stickers.fetch import run, settings, split_of, write_metadata  # noqa: E402
 
 COLOURS = {"red": "#dc2f34", "orange": "#f58a1f", "yellow": "#fad93c", "green": "#43b04e", "blue": "#3370e8",
@@ -312,7 +311,7 @@ def main(arguments=None):
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--frames", type=int, default=8, help="frames of a loop")
     parser.add_argument("--colours", type=int, default=0, help="most colours of a clip (0: any)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=int, default=cores(), help="processes")
     args = parser.parse_args(arguments)
 
     def work():

@@ -22,8 +22,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (  # noqa: E402
-    FILTERS, IMAGES, MAX_FRAMES, MAX_PIXELS, SHARD, DataError, Item, decode_frames, encode_frames, in_order,
-    is_held_out, make_meta, make_store, number, one_line, pack, report, sort_out, write_store)
+    FILTERS, IMAGES, MAX_FRAMES, MAX_PIXELS, SHARD, DataError, Item, cores, decode_frames, encode_frames,
+    in_order, is_held_out, make_meta, make_store, number, one_line, pack, report, sort_out, write_store)
 
 FRAME_MS = 125
 
@@ -114,7 +114,7 @@ def main(arguments=None):
     a("--vae", default="", help="VAE checkpoint: store its latents; empty: store pixels")
     a("--device", default="cpu", help="where the VAE runs: cpu, cuda or mps")
     a("--size", type=number(int, 8, 1024), default=256, help="side of the pictures in pixels")
-    a("--workers", type=number(int, 0), default=os.cpu_count(), help="decoding processes; 0: this one")
+    a("--workers", type=number(int, 0), default=cores(), help="decoding processes; 0: this one")
     a("--filter", default=",".join(FILTERS), help="what to leave out, some of %(default)s; or none")
     a("--max-bad", type=number(float, 0, 1), default=0.1, help="largest share of unreadable stickers")
     a("--hold-out", type=number(float, 0, 0.5), default=0.05, help="share never trained on; 0: none")

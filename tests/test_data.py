@@ -616,6 +616,8 @@ def test_store_equals_folder(tmp_path, monkeypatch, capsys):
     assert data.prepare(folder, tmp_path / "store", 32, workers=0).caption(3) == "new"      # prepared anew
     data.prepare(folder, tmp_path / "store", 32, workers=0)
     assert "already prepared" in capsys.readouterr().out
+    os.replace(tmp_path / "store", tmp_path / "store.old")                # killed just when it took its place
+    assert data.prepare(folder, tmp_path / "store", 32, workers=0).caption(3) == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "store"]
 
 
@@ -729,6 +731,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken" / "meta.json").write_text('{"format": ')
     (tmp_path / "broken" / "inputs").touch()
     monkeypatch.chdir(tmp_path)
+    data.write_sticker("long.webp", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 4), np.uint8), 100)
     for words, *arguments in (("no such folder", "prepare", tmp_path / "nowhere", "--out", out),
                               ("no sticker in it", "prepare", tmp_path / "empty", "--out", out),
                               ("--filter odd", "prepare", good, "--out", out, "--filter", "odd"),
@@ -739,6 +742,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
                               ("no such file", "convert", tmp_path / "no.gif", tmp_path / "o.webp"),
                               ("no such file", "info", tmp_path / "no.gif"),
                               ("is a folder", "info", tmp_path / "good"),
+                              ("of 4096x4096 are over", "convert", "long.webp", "o.webp", "--size", "4096"),
                               (".bmp", "convert", good / "0000 thing.webp", tmp_path / "o.bmp"),
                               ("nowhere", "prepare", good, "--out", "/proc/nowhere/store")):
         assert data.main([str(a) for a in arguments]) == 2, arguments

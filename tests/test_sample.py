@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rdtf
 import sample
-from data import premultiply, read_metadata, read_sticker, write_sticker
+from data import DataError, premultiply, read_metadata, read_sticker, write_sticker
 from rdtf import FORMAT, RDTF, AutoencoderKL, Config, load_model, sample_clips
 
 MICRO = dict(size=32, widths=(32, 32), layers=1, head_dim=16, context_dim=32, text_layers=1, text_bytes=64,
@@ -421,6 +421,20 @@ def test_size_limit_and_fitting(here, capsys):
     assert made.shape == (5, 32, 32, 4) and made[0, 0, 0, 3] == 0 and made[0, 16, 16, 3] == 255
     cli(f"--text {'x' * 80} --out deep/er/t.webp --steps 1")
     assert "first 64 bytes" in capsys.readouterr().err and (here / "deep/er/t.webp").exists()
+
+
+def test_a_sticker_that_can_not_be_written_costs_no_other_one(here, monkeypatch, capsys):
+    usual = sample.write_sticker
+
+    def picky(path, *args, **how):
+        if path.name == "s-1.webp":
+            raise DataError(f"{path}: too large")
+        return usual(path, *args, **how)
+    monkeypatch.setattr(sample, "write_sticker", picky)
+    with pytest.raises(SystemExit) as stopped:
+        cli("--text cat --steps 1 --seeds 0-2 --out s.webp --batch-size 3")
+    assert stopped.value.code == 2 and capsys.readouterr().err.strip().endswith("s-1.webp: too large")
+    assert sorted(p.name for p in here.glob("s-*")) == ["s-0.webp", "s-2.webp", "s-sheet.png", "s-sheet.webp"]
 
 
 @pytest.mark.parametrize("flags, start", [("", b"RIFF"), ("--for line", b"\x89PNG")])

@@ -701,11 +701,11 @@ def refused(flags, capsys):
 
 
 BAD = {
-    "no folder": (["--data", "{tmp}/none"], "none"),
-    "empty folder": (["--data", "{tmp}/empty"], "{tmp}/empty"),
-    "shares over 1": (["--data", "{store}:0.7", "{store}:0.5"], "sum to 1.2"),
-    "nothing left": (["--data", "{store}:0.5", "{store}:0.5", "synthetic:4"], "sum to 1"),
-    "no long stickers": (["--min-frames", "99"], "--min-frames"),
+    "no folder": (["--vae", "{vae}", "--data", "{tmp}/none"], "{tmp}/none: no such folder"),
+    "empty folder": (["--vae", "{vae}", "--data", "{tmp}/empty"], "{tmp}/empty"),
+    "shares over 1": (["--vae", "{vae}", "--data", "{store}:0.7", "{store}:0.5"], "sum to 1.2"),
+    "nothing left": (["--vae", "{vae}", "--data", "{store}:0.5", "{store}:0.5", "synthetic:4"], "sum to 1"),
+    "no long stickers": (["--vae", "{vae}", "--min-frames", "99"], "--min-frames"),
     "preset": (["--preset", "huge"], "--preset"),
     "task": (["--tasks", "t2v,dance"], "predict_post"),
     "batch": (["--batch-size", "0"], "--batch-size: 0: must be at least 1"),
