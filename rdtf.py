@@ -98,7 +98,7 @@ class Config:
 
 SAMPLING = ("sampler", "steps", "text_scale", "image_scale", "temperature")     # fields that training ignores
 SMALL = dict(narrow=True, prediction="v", zero_snr=True, residual=True, inputs=True, clean=True,
-             pooled_text=True, film=True, draft=True, bypass=True, sampler="dpm", steps=8, text_scale=2.0,
+             pooled_text=True, film=True, draft=True, bypass=True, sampler="dpm", steps=8, text_scale=3.0,
              image_scale=1.0, temperature=0.7)
 PRESETS = {
     # 64 px RGBA, latents 4x16x16: the quickstart, the tests, the shipped checkpoint. A laptop CPU trains it.
@@ -1230,8 +1230,8 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
     elsewhere. frame_mask (b, F): True = a frame that is wanted; None = all. seeds: a number or CPU generator
     per sticker. negative takes the place of "no text" in guidance. temperature: the noise is multiplied by
     it; below 1 clips come nearer to the one-step mean: calmer, and less torn (ours). None: the checkpoint's
-    own sampler, steps, scales and temperature, but with `residual` a text scale of 1 (half the work) where
-    two frames or more are given: they say more than the caption (ours); bf16 where the device has it.
+    own sampler, steps, scales and temperature, but with `residual` the text scale is one less for each given
+    frame, 1 (half the work) at least: they say more than the caption (ours); bf16 where the device has it.
     progress(i, y) is called after every step.
     """
     model, vae, cfg, _ = loaded
@@ -1242,8 +1242,8 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
     cond = cond & real                                                      # else padding would be looked at
     frames = torch.where(spread(cond), frames.to(device).float(), 0.0)
     if text_scale is None:
-        told = cfg.residual and not negative and bool((cond.sum(1) > 1).all())
-        text_scale = 1.0 if told else cfg.text_scale
+        told = int(cond.sum(1).min()) if cfg.residual and not negative else 0
+        text_scale = max(1.0, cfg.text_scale - told) if told else cfg.text_scale
     image_scale = cfg.image_scale if image_scale is None else image_scale
     temperature = cfg.temperature if temperature is None else temperature
     if len(seeds) != b:

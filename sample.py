@@ -228,7 +228,7 @@ def parser():
     a("--steps", type=number(int, 1, 1000), help="denoising steps; default: the checkpoint's (ddim: 50)")
     a("--eta", type=number(float, 0, 1), help="ddim: 0 = deterministic, 1 = the paper and the default")
     a("--text-scale", type=scale, help="guidance by the caption, 1 = none; default: the checkpoint's, "
-      "with two given frames or more 1 (not with preset paper)")
+      "less 1 for each given frame, 1 at least (not with preset paper)")
     a("--image-scale", type=scale,
       help="guidance by the given frames, 1 = none; default: the checkpoint's; not for tiny and base, which "
            "diffuse the difference to them")

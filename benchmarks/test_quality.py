@@ -300,7 +300,7 @@ def test_run_and_compare_end_to_end(toys, tmp_path, capsys):
     paths = [tmp_path / name / "results.json" for name in "ab"]
     a, b = (json.loads(path.read_text()) for path in paths)
     assert a["plan"] == b["plan"] and len(set(a["plan"]["captions"])) == 10     # one tone of each concept
-    assert a["settings"]["sampler"] == "dpm" and a["settings"]["text_scale"] == 2.0     # the checkpoint's own
+    assert a["settings"]["sampler"] == "dpm" and a["settings"]["text_scale"] == 3.0     # the checkpoint's own
     row = b["modes"]["interpolate-2"]
     assert row["ours"]["PSNR dB"][0] == pytest.approx(row["blend"]["PSNR dB"][0], abs=0.05)
     assert row["ours"]["PSNR dB"][0] > a["modes"]["interpolate-2"]["ours"]["PSNR dB"][0] + 3

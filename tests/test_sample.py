@@ -239,17 +239,17 @@ def test_no_pass_is_wasted_and_conditions_are_computed_once(here, monkeypatch, c
     assert calls == [count] * 4 and conditions == [1]
 
 
-def test_between_given_frames_the_caption_counts_once(here, monkeypatch):
+def test_the_caption_counts_less_the_more_frames_are_given(here, monkeypatch):
     """Unless told otherwise, and only where the network starts from the frames."""
     scales, denoiser = [], rdtf.denoiser
     monkeypatch.setattr(rdtf, "denoiser", lambda *a: scales.append(a[6]) or denoiser(*a))
     for name, more in (("ours.pt", {}), ("ours.pt", {"negative": "dog"}), ("ours.pt", {"text_scale": 2.0}),
                        ("micro.pt", {})):
         loaded = load_model(name)
-        for count in (0, 1, 2):
+        for count in range(4):
             cond = np.arange(8)[None] < count
             sample_clips(loaded, ["cat"], torch.rand(1, 8, 4, 32, 32), cond, steps=1, **more)
-    assert scales == [3, 3, 1, 3, 3, 3, 2, 2, 2, 3, 3, 3]
+    assert scales == [3, 2, 1, 1, 3, 3, 3, 3, 2, 2, 2, 2, 3, 3, 3, 3]
 
 
 def test_temperature_scales_the_noise_the_first_and_the_later_one(here, monkeypatch):
