@@ -1215,7 +1215,7 @@ def decode_clips(vae, x, z, frames, cond_mask, frame_mask):
         d = F.avg_pool2d((clip - look).square().mean(2), 9, 1, 4, count_include_pad=False)
         apart.append(torch.where(there[:, None, None, None], d, 9.0))       # 9: farther than any
     apart = torch.stack(apart)
-    which, at_all = (-apart / 0.03 ** 2).softmax(0), torch.exp(-apart / 0.1 ** 2)         # is it most like?
+    which, at_all = (-apart / 0.03 ** 2).softmax(0), torch.exp(-apart / 0.1 ** 2)         # most? at all?
     back = sum(w[:, :, None] * (true - look) for w, (look, true, _) in zip(which * at_all, known))
     return torch.where(given, frames, premultiplied(clip + back))
 

@@ -366,11 +366,11 @@ def run(args, command):
                 failed[seed] = error
     bar.close()
     if several and clips:
-        save_sheet(sheet, list(clips.values()), [f"seed {s}" for s in clips])
-        clips = list(clips.values())
-        wide = max(4, math.ceil(len(clips) / (16_383 // (cfg.size + 2))))           # WebP is no higher
-        save_sheet(sheet.with_suffix(".webp"), [clips[i:i + wide] for i in range(0, len(clips), wide)])
-        print(f"{sheet}, {sheet.with_suffix('.webp').name}: {len(clips)} stickers")
+        shown = list(clips.values())
+        save_sheet(sheet, shown, [f"seed {s}" for s in clips])
+        wide = max(4, math.ceil(len(shown) / (16_383 // (cfg.size + 2))))           # WebP is no higher
+        save_sheet(sheet.with_suffix(".webp"), [shown[i:i + wide] for i in range(0, len(shown), wide)])
+        print(f"{sheet}, {sheet.with_suffix('.webp').name}: {len(shown)} stickers")
     if failed:
         more = f" (and {len(failed) - 1} more of the {len(seeds)} stickers)" * (len(failed) > 1)
         raise DataError(f"{next(iter(failed.values()))}{more}")

@@ -591,7 +591,6 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     if ctx.main:
         print_parts(model, vae, args)
 
-    stickers = stickers.encode(vae)                                         # after all that may be refused
     model.net.checkpointing = args.checkpointing
     if args.compile:                                                        # in place: names of weights stay
         model.compile()
@@ -763,7 +762,7 @@ def run(args):
     if not shown:                                                           # then show what it trains on
         shown = [i for group in order.groups for i in group[:64]]
     shown = [i for i in shown if stickers.index["count"][i] > 1] or shown
-    finished = train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out)
+    finished = train(cfg, vae, stickers.encode(vae), order, shown, curriculum, args, ctx, out)
     if ctx.main and not args.dry_run:
         ckpt, caption = shlex.quote(str(out / "last.pt")), shlex.quote(stickers.caption(shown[0]))
         print(f"done: {ckpt}, {out / 'samples.webp'}, {out / 'loss.png'}. Next:\n"
