@@ -94,6 +94,11 @@ def fit_frames(frames, size):
     return np.stack([fit(Image.fromarray(np.ascontiguousarray(frame)), size) for frame in frames])
 
 
+def fit_straight(frames, size):
+    """The same -> straight. One frame at a time: unpremultiplying takes several times a frame's memory."""
+    return np.stack([unpremultiply(frame) for frame in fit_frames(frames, size)])
+
+
 def to_straight(clip):
     """A torch tensor (t, 4, s, s), premultiplied in [0, 1] -> straight uint8 RGBA (t, s, s, 4), rounded."""
     return unpremultiply((clip.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
@@ -265,7 +270,7 @@ def fit_platform(frames, times, row):
     h, w = frames.shape[1:3]
     side = min(row.width * max(w, h) // w, row.height * max(w, h) // h)        # the longer one
     side = min(side, max(w, h)) if row.rule == "most" else side
-    frames = np.stack([unpremultiply(x) for x in fit_frames(np.roll(frames, -first, 0), side)])
+    frames = fit_straight(np.roll(frames, -first, 0), side)
     if row.rule != "exact":
         h, w = (max(1, round(x * side / max(w, h))) for x in (h, w))
         frames = frames[:, (side - h) // 2:, (side - w) // 2:][:, :h, :w]      # without the padding of fit
@@ -369,7 +374,7 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
         frames, times, loops, lost = fit_platform(frames, times, row)
     elif size:
         _limit(path, len(frames), (size, size))
-        frames = np.stack([unpremultiply(x) for x in fit_frames(frames, size)])
+        frames = fit_straight(frames, size)
     frames = np.where(frames[..., 3:] > 0, frames, 0)
     if suffix == ".gif" and min(times) < 20:                 # viewers slow down what is faster
         frames, times, index = resample(frames, times, min(count, max(2, sum(times) // 20)), 20)

@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from curriculum import make_masks
-from data import (LEVELS, MAX_FRAMES, PLATFORMS, DataError, fit_frames, number, one_line, premultiply,
-                  read_sticker, save_sheet, to_straight, told, unpremultiply, wanted_path, write_sticker)
+from data import (LEVELS, MAX_FRAMES, PLATFORMS, DataError, fit_straight, number, one_line, premultiply,
+                  read_sticker, save_sheet, to_straight, told, wanted_path, write_sticker)
 from rdtf import SAMPLERS, SHIPPED, find_device, load_lora, load_model, sample_clips
 
 BUILT_IN = Path(__file__).parent / "stickers" / "fluent" / "1f436.webp", "dog face"       # without --input
@@ -158,7 +158,7 @@ def load_given(args, size):
             clip, durations = clip[:1], durations[:1]
         if clip.shape[1:3] != (size, size):
             print(f"{path}: {clip.shape[2]}x{clip.shape[1]} pixels, fitted to {size}x{size}", file=sys.stderr)
-            clip = unpremultiply(fit_frames(clip, size))
+            clip = fit_straight(clip, size)
         frames.append(clip)
         times += durations
     frames = np.concatenate(frames)[::every]

@@ -709,8 +709,8 @@ def report(results):
     plan, s = results["plan"], results["settings"]
     lines = [f"N = {len(plan['items'])} held-out stickers of {plan['size']} px, 8 frames; {s['steps']} steps "
              f"of {s['sampler']}, scales {s['text_scale']} (text; less where frames are given) and "
-             f"{s['image_scale']} (image), temperature {s['temperature']}; value ± half of the 95 % bootstrap "
-             "interval; per-pixel measures on the made frames only.", ""]
+             f"{s['image_scale']} (image), temperature {s['temperature']}; value ± half of the 95 % "
+             "bootstrap interval; per-pixel measures on the made frames only.", ""]
     return "\n".join(lines + [markdown(mode, table) for mode, table in results["modes"].items()])
 
 
