@@ -132,7 +132,6 @@ class Context:
         self.main, self.device = self.rank == 0, find_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
         if self.world > 1 and not dist.is_initialized():
             # the others wait while the main process evaluates, samples and saves
             backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -275,15 +274,18 @@ def prepare(step, text, stickers, order, curriculum, args, ctx):
 
 
 def orthogonal(m, steps=5):
-    """(n, rows, columns) -> about the nearest matrices with orthonormal rows or columns.
-    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024), in bf16 where that is fast."""
-    tall, x = m.shape[1] > m.shape[2], m.bfloat16() if has_bf16(m.device) else m
-    x = x.mT if tall else x
+    """(n, rows, columns) fp32 -> about the nearest matrices with orthonormal rows or columns.
+    Newton-Schulz with the quintic coefficients of Muon (Jordan et al. 2024): X <- (a + b G + c G^2) X with
+    G = X X^T. The factors need G alone, which is small: X is multiplied once, by their product."""
+    x = m.mT if m.shape[1] > m.shape[2] else m
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram, one = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    product = one.expand_as(gram)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if tall else x).to(m.dtype)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) + 3.4445 * one
+        product, gram = factor @ product, factor @ gram @ factor            # the gram of the next X
+    x = product @ x
+    return x.mT if m.shape[1] > m.shape[2] else x
 
 
 class Muon(torch.optim.Optimizer):

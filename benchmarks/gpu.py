@@ -208,8 +208,6 @@ def main(arguments=None):
     args = p.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: no GPU here; --device cpu --miniature proves the code")
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")                          # as train.py does
     if args.miniature:
         miniature()
     if args.job:

@@ -82,6 +82,7 @@ RUNGS = {
     "lr02": Rung("tiny, rate 0.02", "tiny", flags=dict(lr=0.02)),
     "lr005": Rung("tiny, rate 0.005", "tiny", flags=dict(lr=0.005)),
     "batch4": Rung("tiny, batches of 4", "tiny", flags=dict(batch_size=4)),
+    "names": Rung("tiny, --text-drop 0.5", "tiny", flags=dict(text_drop=0.5)),
     "fluent": Rung("tiny without the sets of --more", "tiny", more=False),
     "vae2": Rung("tiny with another autoencoder (--vae)", "tiny"),
 }

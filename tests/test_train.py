@@ -609,8 +609,14 @@ def test_schedules_are_pure_functions_of_the_step():
 
 def test_muon_makes_orthogonal_steps_and_leaves_the_rest_to_adamw():
     torch.manual_seed(0)
-    x = train.orthogonal(torch.randn(2, 24, 10))
+    m = torch.randn(2, 24, 10)
+    x = train.orthogonal(m)
     assert (torch.linalg.svdvals(x) - 1).abs().max() < 0.35                 # the quintic's band
+    y = m.double() / m.double().norm(dim=(1, 2), keepdim=True)              # as it is usually written
+    for _ in range(5):
+        gram = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    assert (x - y).abs().max() < 1e-3
     model = train.RDTF(train.Config(**train.PRESETS["micro"]))
     muon, adamw = train.make_optimizers(model, "muon", 0.0)
     a, b = ({id(p) for g in o.param_groups for p in g["params"]} for o in (muon, adamw))
