@@ -1,6 +1,7 @@
 """The README's pictures: held-out stickers beside what a checkpoint makes of them, in every mode.
 
-    python benchmarks/gallery.py --ckpt CKPT --data cache/characters --more cache/fluent --out assets/samples
+    python benchmarks/gallery.py --ckpt CKPT --data cache/characters --more cache/fluent --count 4 \\
+        --out assets/samples
 
 writes OUT.webp, which moves (a row per sticker: truth, from text, from image + text, predicted from its first
 half, every second frame given), and OUT.png, all frames of it. The stickers are the first --count of the

@@ -2,7 +2,7 @@
 
     python stickers/augment.py cache/mine --out cache/mine_x8 --copies 8
     python stickers/augment.py cache/emoji --out cache/flying --copies 4 --fly
-    python stickers/augment.py cache/mine --out cache/mine_z --copies 1 --vae run/vae.pt    # as latents
+    python stickers/augment.py cache/mine --out cache/mine_z --copies 1 --vae runs/vae/vae.pt    # as latents
 
 Held-out stickers are never changed.
 """
