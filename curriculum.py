@@ -62,9 +62,8 @@ def make_masks(task, n, frames=8, choice=None, rng=None):
         choice = int(rng.integers(len(options))) if len(options) > 1 else 0
     if not 0 <= choice < len(options):
         raise ValueError(f"task {task} with {n} frames: choice {choice} is not below {len(options)}")
-    given = np.zeros(frames, bool)
-    given[list(options[choice])] = True
-    return given, np.arange(frames) < n
+    i = np.arange(frames)
+    return np.isin(i, list(options[choice])), i < n
 
 
 WINDOW = 1000                             # losses and scores that are looked back on (release)

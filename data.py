@@ -260,7 +260,8 @@ def fit_platform(frames, times, row):
         how = "faster" if wanted < total else "slower"
         lost.append(f"{wanted / 1000:g} seconds instead of {total / 1000:.4g} (it plays {how})")
         times, total = np.diff((np.cumsum([0, *times]) * wanted / total).round()).astype(int).tolist(), wanted
-    kept = max(row.fewest, min(count, row.most, int(total / row.ms + 1e-6)))
+    most = min(row.most, MAX_TOTAL // (row.width * row.height))
+    kept = max(row.fewest, min(count, most, int(total / row.ms + 1e-6)))
     if over or kept != count or min(times) < row.ms:
         frames, times, index = resample(frames, times, kept, row.ms)
         lost += [f"{len(set(index))} of {count} frames"] * (len(set(index)) < count)
@@ -396,7 +397,6 @@ def write_sticker(path, frames, durations, *, max_kb=0, size=0, metadata=None, p
             raise DataError(f"{path}: {suffix} can't hold this ({_reason(error, path)}); lower --size or "
                             f"choose another suffix") from error
 
-    @cache
     def fits(step, level):     # lossless is slow: not even tried where every second frame is too much already
         easy = level != levels[0] or 2 * step not in steps or fits(2 * step, level)
         return not max_kb or easy and len(coded(step, level)) <= limit
@@ -571,22 +571,17 @@ def list_stickers(folder, hold_out=0.05):
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder of stickers or a prepared store")
     known, items = _read_metadata(folder / "metadata.jsonl"), []
-    for top, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in files:
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() not in SUFFIXES or file.startswith("."):
-                continue
-            path = os.path.join(top, file)
-            name = os.path.relpath(path, folder).replace(os.sep, "/")
-            row, beside = known.get(name, {}), Path(top, stem + ".txt")
-            caption = row.get("text")
-            if caption is None and beside.is_file():
-                caption = beside.read_text(encoding="utf-8-sig", errors="replace")
-            caption = re.sub(r"[\W_]+", " ", stem) if caption is None else str(caption)
-            tags = tuple(map(str, row.get("tags") or ()))
-            split = int(row.get("split") == SPLITS[1])
-            items.append(Item(path, name, " ".join(caption.split()), tags, split))
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix.lower() not in SUFFIXES or "/." in f"/{name}" or path.is_dir():
+            continue
+        row, beside = known.get(name, {}), path.with_suffix(".txt")
+        caption = row.get("text")
+        if caption is None and beside.is_file():
+            caption = beside.read_text(encoding="utf-8-sig", errors="replace")
+        caption = re.sub(r"[\W_]+", " ", path.stem) if caption is None else str(caption)
+        tags, split = tuple(map(str, row.get("tags") or ())), int(row.get("split") == SPLITS[1])
+        items.append(Item(str(path), name, " ".join(caption.split()), tags, split))
     if not items:
         raise DataError(f"{folder}: no sticker in it; it must hold some of {' '.join(SUFFIXES)}")
     items.sort(key=lambda item: item.name)
@@ -718,12 +713,13 @@ def cores():
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def sort_out(results, filters, seen):
-    """(Item, (reason, Decoded or text)) of each file -> (rows: list of (Item, Decoded), left out: list of
-    (reason, name, text)). seen: digests of the stickers so far -> name; what looks exactly like one of them
-    is a duplicate."""
-    rows, left_out = [], []
-    for item, (reason, result) in results:
+def decode(items, size, most, filters, workers, seen, work=None, sources=None):
+    """-> (rows: list of (Item, Decoded), left out: list of (reason, name, text)). work(source, size, most,
+    filters) reads the sticker of an item; None: `decode_item` of its path. seen: digests of the stickers so
+    far -> name; what looks exactly like one of them is a duplicate."""
+    work, rows, left_out = partial(work or decode_item, size=size, most=most, filters=filters), [], []
+    results = in_order(work, sources or [item.path for item in items], workers)
+    for item, (reason, result) in zip(items, results):
         first = seen.setdefault(_digest(result), item.name) if reason == "ok" else item.name
         if first != item.name and "duplicate" in filters:
             reason, result = "duplicate", f"same frames as {first}"
@@ -732,12 +728,6 @@ def sort_out(results, filters, seen):
         else:
             left_out.append((reason, item.name, result))
     return rows, left_out
-
-
-def decode(items, size, most, filters, workers, seen):
-    """Reads files -> what `sort_out` gives."""
-    work = partial(decode_item, size=size, most=most, filters=filters)
-    return sort_out(zip(items, in_order(work, [i.path for i in items], workers)), filters, seen)
 
 
 def report(folder, total, left_out, max_bad):
@@ -773,20 +763,6 @@ def _digest(decoded):
     return hashlib.blake2b(decoded.keys.tobytes() + decoded.frames.tobytes(), digest_size=16).digest()
 
 
-def pack(rows, size, most):
-    """list of (Item, Decoded) -> (frames (M, 4, s, s), index (n,), text uint8 (bytes,)) of one shard."""
-    index, texts = np.zeros(len(rows), index_type(most)), [np.zeros(0, np.uint8)]
-    offset = length = 0
-    for i, (item, decoded) in enumerate(rows):
-        text = json.dumps([item.name, item.caption, item.tags]).encode()
-        index[i] = (0, offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
-                    length, len(text), item.split, _digest(decoded))
-        texts.append(np.frombuffer(text, np.uint8))
-        offset, length = offset + len(decoded.frames), length + len(text)
-    frames = [np.zeros((0, 4, size, size), np.uint8)] + [d.frames for _, d in rows]
-    return np.concatenate(frames), index, np.concatenate(texts)
-
-
 def encode_frames(vae, frames, batch=32):
     """uint8 premultiplied (m, 4, h, w) -> float16 latents (m, c, h/f, w/f); without a VAE as is."""
     if vae is None:
@@ -802,6 +778,21 @@ def encode_frames(vae, frames, batch=32):
             x = torch.from_numpy(np.array(frames[i:i + batch])).to(device).float() / 255
             parts.append(vae.encode(x).half().cpu().numpy())
     return np.concatenate(parts)
+
+
+def pack(rows, size, most, vae=None):
+    """list of (Item, Decoded) -> (frames (M, 4, s, s), or with a VAE their latents, index (n,), text uint8
+    (bytes,)) of one shard."""
+    index, texts = np.zeros(len(rows), index_type(most)), [np.zeros(0, np.uint8)]
+    offset = length = 0
+    for i, (item, decoded) in enumerate(rows):
+        text = json.dumps([item.name, item.caption, item.tags]).encode()
+        index[i] = (0, offset, len(decoded.frames), decoded.keys, min(decoded.duration, 2 ** 31 - 1),
+                    length, len(text), item.split, _digest(decoded))
+        texts.append(np.frombuffer(text, np.uint8))
+        offset, length = offset + len(decoded.frames), length + len(text)
+    frames = [np.zeros((0, 4, size, size), np.uint8)] + [d.frames for _, d in rows]
+    return encode_frames(vae, np.concatenate(frames)), index, np.concatenate(texts)
 
 
 def make_meta(size, most, vae=None):
@@ -1010,8 +1001,7 @@ def prepare(folder, out, size, vae=None, workers=2, filters=FILTERS, max_bad=0.1
 
     def make(i, seen):
         rows, lost = decode(items[i * SHARD:(i + 1) * SHARD], size, most, filters, workers, seen)
-        frames, index, text = pack(rows, size, most)
-        return encode_frames(vae, frames), index, text, lost
+        return *pack(rows, size, most, vae), lost
 
     return write_store(out, meta, inputs, math.ceil(len(items) / SHARD), make,
                        lambda left_out: report(folder, len(items), left_out, max_bad))

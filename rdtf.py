@@ -198,10 +198,7 @@ class Attention(nn.Module):
         return self.split(self.kv(context), 2)                              # two of b heads n d
 
     def forward(self, x, kv=None):
-        if kv is None:
-            q, k, v = self.split(self.q(x), 3)                              # each b heads n d
-        else:
-            (q,), (k, v) = self.split(self.q(x), 1), kv
+        q, k, v = self.split(self.q(x), 3) if kv is None else (*self.split(self.q(x), 1), *kv)  # b heads n d
         y = attend(q, k.to(q.dtype), v.to(q.dtype))                         # b heads n d
         return self.out(y.transpose(1, 2).flatten(2))                       # b n dim
 
@@ -394,20 +391,6 @@ class ConditionEncoder(nn.Module):
         return rearrange(x, "(b h w) t c -> (b t) c h w", h=h, w=w)
 
 
-class Draft(nn.Module):
-    """The mean text token (b, d) -> a clip as the caption has it, (b, t, c, h, w). It has a loss of its own
-    (`RDTF.forward`), so it learns within a few hundred updates; without it a network must place its first
-    strokes by the padding of its convolutions (ours)."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.shape = cfg.latent_shape
-        self.hidden, self.out = nn.Linear(cfg.context_dim, 256), nn.Linear(256, math.prod(self.shape))
-
-    def forward(self, x):
-        return self.out(F.silu(self.hidden(x))).unflatten(1, self.shape)    # b t c h w
-
-
 def start_at_zero(root, names):
     """The last layers of residual branches, which start as the identity: weights whose name has the regular
     expression `names`. All else starts as PyTorch does, but STI's 0 and 1, which are the release's."""
@@ -454,16 +437,14 @@ def bridge(given, cond_mask, frame_mask):
     A loop is taken for an Ornstein-Uhlenbeck process whose correlation falls by e in an eighth of a turn. So
     a frame u eighths behind a given one and v before the next differs from the mean of all given frames by
     (sinh(v) difference of the one + sinh(u) difference of the other) / sinh(u + v)."""
-    b, t = cond_mask.shape
-    before, after = neighbours(cond_mask)
+    t, (before, after) = cond_mask.shape[1], neighbours(cond_mask)
     i, n = torch.arange(t, device=given.device), frame_mask.sum(1, keepdim=True).clamp(min=1)
     before = torch.where(before < 0, before[:, -1:].clamp(min=0) - n, before)             # a turn before
     after = torch.where(after == t, after[:, :1] % t + n, after)            # a turn later; none given: 0
     u, v = 8 * (i - before) / n, 8 * (after - i) / n                        # b t
     given = torch.where(spread(cond_mask), given, 0)
     mean = given.sum(1, keepdim=True) / spread(cond_mask.sum(1, keepdim=True).clamp(min=1))
-    row = torch.arange(b, device=given.device)[:, None]
-    first, second = given[row, before % n] - mean, given[row, after % n] - mean
+    first, second = (given.take_along_dim(spread(i % n), 1) - mean for i in (before, after))
     guess = mean + (spread(v.sinh()) * first + spread(u.sinh()) * second) / spread((u + v).sinh())
     return torch.where(spread(cond_mask), given, torch.where(spread(frame_mask), guess, 0))
 
@@ -478,8 +459,7 @@ def guess_frames(given, cond_mask, frame_mask):
     last = neighbours(cond_mask)[0]
     last = torch.cat([torch.full_like(last[:, :1], -1), last[:, :-1]], 1)   # b t: given before it, or -1
     pair = cond_mask & (last >= 0)                                          # b t: has a given neighbour
-    row = torch.arange(len(given), device=given.device)[:, None]
-    jump = torch.where(spread(pair), given - given[row, last.clamp(min=0)], 0).square()
+    jump = torch.where(spread(pair), given - given.take_along_dim(spread(last.clamp(min=0)), 1), 0).square()
     square = jump.mean((2, 3, 4)).sum(1) / pair.sum(1).clamp(min=1)         # b: mean over the pairs
     count = cond_mask.sum(1)
     unit = torch.where(count > 1, (square + 0.0625).sqrt(), torch.where(count == 1, 0.8, 1.0))
@@ -520,13 +500,18 @@ class DFGN(nn.Module):
         self.cfg, self.checkpointing = cfg, False
         ws, c, n = cfg.widths, cfg.latent_channels, len(cfg.widths)
         heads = max(2, ws[0] // cfg.head_dim) if cfg.narrow else 8
-        attends = [i < n - 1 for i in range(n)]                             # all levels but the last
         self.time = nn.Sequential(nn.Linear(ws[0], 4 * ws[0]), nn.SiLU(), nn.Linear(4 * ws[0], 4 * ws[0]))
         self.pool = nn.Linear(cfg.context_dim, 4 * ws[0], bias=False) if cfg.pooled_text else None
         self.condition_encoder = ConditionEncoder(c, cfg.frames)
         self.register_buffer("abar", alphas_cumprod(cfg.zero_snr), persistent=False)
         enters = c * (2 + cfg.draft) + 3 * cfg.inputs                       # channels
-        self.draft = Draft(cfg) if cfg.draft else None
+        # The mean text token (b, d) -> a clip as the caption has it, (b, t, c, h, w). It has a loss of its
+        # own (`RDTF.forward`), so it learns within a few hundred updates; without it a network must place
+        # its first strokes by the padding of its convolutions (ours).
+        self.draft = nn.Sequential(OrderedDict(
+            hidden=nn.Linear(cfg.context_dim, 256), act=nn.SiLU(),
+            out=nn.Linear(256, math.prod(cfg.latent_shape)),
+            clip=nn.Unflatten(1, cfg.latent_shape))) if cfg.draft else None
         self.conv_in = nn.Conv2d(enters, ws[0], 3, padding=1)
         self.bypass = nn.Linear(4 * ws[0], c * enters) if cfg.bypass else None
         self.number = nn.Parameter(torch.zeros(cfg.frames, ws[0])) if cfg.inputs else None
@@ -534,7 +519,7 @@ class DFGN(nn.Module):
 
         self.down, skips, width = nn.ModuleList(), [ws[0]], ws[0]
         for i, w in enumerate(ws):
-            layers = [Layer(width if j == 0 else w, w, cfg, attends[i]) for j in range(cfg.layers)]
+            layers = [Layer(width if j == 0 else w, w, cfg, i < n - 1) for j in range(cfg.layers)]
             scale = {"scale": nn.Conv2d(w, w, 3, stride=2, padding=1)} if i < n - 1 else {}
             self.down.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | scale))
             skips += [w] * (cfg.layers + (i < n - 1))
@@ -544,7 +529,7 @@ class DFGN(nn.Module):
         for i, w in reversed(list(enumerate(ws))):
             layers = []
             for _ in range(cfg.layers + 1):
-                layers.append(Layer(width + skips.pop(), w, cfg, attends[i]))
+                layers.append(Layer(width + skips.pop(), w, cfg, i < n - 1))
                 width = w
             scale = {"scale": upsample(w)} if i else {}
             self.up.append(nn.ModuleDict({"layers": nn.ModuleList(layers)} | scale))
@@ -557,8 +542,7 @@ class DFGN(nn.Module):
 
     def layers(self):
         """All layers in the order in which forward runs them."""
-        return [layer for stage in self.down for layer in stage["layers"]] + list(self.mid) + \
-               [layer for stage in self.up for layer in stage["layers"]]
+        return [m for m in self.modules() if isinstance(m, Layer)]
 
     def condition(self, given, context, cond_mask=None, frame_mask=None):
         """All that depends neither on the noisy latents nor on the step -> Condition."""
@@ -765,11 +749,6 @@ class FrozenText(nn.Module):
                 x = model.to(tok.device)(ids, attention_mask=mask).last_hidden_state
             states.append(self.project[i](x)[back])                         # b 77 d
         return torch.cat(states, 1)                                         # b n d
-
-
-def drop_words(caption, rng, p=0.2):
-    """Each word becomes '#' with probability p (release: caption augmentation). rng: numpy Generator."""
-    return " ".join("#" if rng.random() < p else w for w in caption.split())
 
 
 # ------------------------------------------------------------------------------------------------------------

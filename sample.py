@@ -37,8 +37,8 @@ DURATION = 125                           # ms per frame where the input has no t
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Modes: mode(make, given, args, F) -> (clip (b, t, 4, s, s), source: per frame the index of the given frame
-# it is, or -1). given: (b, m, 4, s, s), m = 0 without any; make(frames, cond, real) is one window.
+# Modes: mode(make, given, args, F) -> (clip (b, t, 4, s, s), source: {frame of it: the given frame that it
+# is}). given: (b, m, 4, s, s), m = 0 without any; make(frames, cond, real) is one window.
 
 
 def window(make, given, mask, F):
@@ -83,10 +83,7 @@ def generate(make, given, args, F):
         if args.length <= len(mask):
             raise DataError(f"--length {args.length}: one clip has {len(mask)} frames; use --frames")
         clip = extend(make, clip, F // 2, args.length, F)
-    source = [-1] * clip.shape[1]
-    for i, j in zip(ones, pick):
-        source[i] = j
-    return clip, source
+    return clip, dict(zip(ones, pick))
 
 
 def predict(make, given, args, F):
@@ -100,9 +97,8 @@ def predict(make, given, args, F):
     length = args.length or m + n - keep
     if length <= m:
         raise DataError(f"--length {length}: --input already has {m} frames; ask for more")
-    new = [-1] * (length - m)
-    clip = extend(make, given, keep, length, F, args.backward)
-    return clip, new + list(range(m)) if args.backward else list(range(m)) + new
+    clip, first = extend(make, given, keep, length, F, args.backward), (length - m) * args.backward
+    return clip, {first + i: i for i in range(m)}
 
 
 def interpolate(make, given, args, F):
@@ -118,13 +114,12 @@ def interpolate(make, given, args, F):
     if not 2 <= length <= min(most, MAX_FRAMES):
         raise DataError(f"--length {length}: {m} keyframes at --factor {f} make 2 to {min(most, MAX_FRAMES)} "
                         f"frames; choose such a length, or fewer keyframes with --every")
-    clip, per, first = given[:, :1], (F - 1) // f, 0                        # pairs per window
-    while clip.shape[1] < length:
+    clip, per = given[:, :1], (F - 1) // f                                  # pairs per window
+    for first in range(0, math.ceil((length - 1) / f), per):
         keys = given[:, first:first + per + 1]
-        pairs = keys.shape[1] - 1
-        clip = torch.cat([clip, window(make, keys, "1" + ("0" * (f - 1) + "1") * pairs, F)[:, 1:]], 1)
-        first += pairs
-    return clip[:, :length], [i // f if i % f == 0 else -1 for i in range(length)]
+        mask = "1" + ("0" * (f - 1) + "1") * (keys.shape[1] - 1)
+        clip = torch.cat([clip, window(make, keys, mask, F)[:, 1:]], 1)
+    return clip[:, :length], {i: i // f for i in range(0, length, f)}
 
 
 def loop(make, given, args, F):
@@ -132,7 +127,7 @@ def loop(make, given, args, F):
     n = args.frames or F - 1
     if not 2 <= n < F:
         raise DataError(f"--frames {n} with --mode loop: choose 2 to {F - 1}")
-    return window(make, given[:, [0, 0]], "1" + "0" * (n - 1) + "1", F)[:, :n], [0] + [-1] * (n - 1)
+    return window(make, given[:, [0, 0]], "1" + "0" * (n - 1) + "1", F)[:, :n], {0: 0}
 
 
 MODES = {"generate": generate, "predict": predict, "interpolate": interpolate, "loop": loop}
@@ -192,8 +187,7 @@ def parse_seeds(text):
 
 
 def default_checkpoint():
-    runs = sorted(Path("runs").glob("*/last.pt"), key=lambda p: p.stat().st_mtime)
-    found = runs[-1] if runs else SHIPPED
+    found = max(Path("runs").glob("*/last.pt"), key=lambda p: p.stat().st_mtime, default=SHIPPED)
     if not found.exists():
         raise DataError("no checkpoint: train one with `python train.py`, or name one with --ckpt")
     return str(found)
@@ -247,9 +241,8 @@ def parser():
     return p
 
 
-def check(args):
+def check(a):
     """Each wrong combination says what to add or remove. Needs no model; settles the mode."""
-    a = args
     a.out = wanted_path(a.out, a.platform, "sticker")
     a.mode = a.mode or ("generate" if a.mask or a.image or a.text and not a.input else "interpolate")
     only = {"given": "predict", "backward": "predict", "factor": "interpolate"}
@@ -291,7 +284,7 @@ def settle(args, cfg):
                         f"given frames and has no guidance by them; leave it out")
     if args.negative and (cfg.text_scale if args.text_scale is None else args.text_scale) in (0, 1):
         raise DataError("--negative: needs a --text-scale other than 0 and 1")
-    if len(args.text.encode()) > cfg.text_bytes and not cfg.text_dims:
+    if len(args.text.encode(errors="replace")) > cfg.text_bytes and not cfg.text_dims:
         print(f"--text: only its first {cfg.text_bytes} bytes are read", file=sys.stderr)
     args.sampler = args.sampler or cfg.sampler
     args.steps = args.steps or (cfg.steps if args.sampler == cfg.sampler else SAMPLERS[args.sampler])
@@ -352,9 +345,8 @@ def run(args, command):
         made, source = mode(make, given.expand(len(group), *given.shape), args, F)
         for seed, clip in zip(group, made):
             frames = to_straight(clip)
-            for i, j in enumerate(source):                         # unpremultiplying would round soft alpha
-                if j >= 0:
-                    frames[i] = straight[j]
+            for i, j in source.items():                            # unpremultiplying would round soft alpha
+                frames[i] = straight[j]
             ms = frame_times(args, times, len(frames))
             try:
                 info = write_sticker(paths[seed], frames, ms, max_kb=args.max_kb, size=args.size,

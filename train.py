@@ -41,8 +41,8 @@ from curriculum import TASKS, Curriculum, make_masks
 from data import (DataError, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
                   write_sticker)
 from rdtf import (FORMAT, PRESETS, RDTF, SAMPLING, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded,
-                  add_lora, alphas_cumprod, blend, drop_words, find_device, fingerprint, has_bf16, load_model,
-                  load_vae, read_weights, reason, sample_clips, to_device)
+                  add_lora, alphas_cumprod, blend, find_device, fingerprint, has_bf16, load_model, load_vae,
+                  read_weights, reason, sample_clips, to_device)
 
 HERE = Path(__file__).parent
 LOG_SNR = torch.logit(alphas_cumprod()).numpy()                             # of a noise step, falling
@@ -188,14 +188,12 @@ class Order:
         for s in np.flatnonzero(self.counts == 0):                          # a small set beside a huge one
             self.counts[[s, self.counts.argmax()]] += [1, -1]
         self.plan = np.repeat(np.arange(len(groups)), self.counts)[permutation(seed, 0, count=1000)]
-        self.rank = np.zeros(1000, int)
-        for s, n in enumerate(self.counts):
-            self.rank[self.plan == s] = np.arange(n)
 
     def __getitem__(self, g):
         turn, place = divmod(g, 1000)
         s = int(self.plan[place])
-        epoch, k = divmod(int(turn * self.counts[s] + self.rank[place]), len(self.groups[s]))
+        before = turn * int(self.counts[s]) + int((self.plan[:place] == s).sum())           # of this set
+        epoch, k = divmod(before, len(self.groups[s]))
         return int(self.groups[s][permutation(self.seed, 1, s, epoch, count=len(self.groups[s]))[k]])
 
 
@@ -239,18 +237,16 @@ def make_batch(rows, text, curriculum, weights, args, device=torch.device("cpu")
     Task, masks, dropping, noise and its step of each clip are drawn here, from (seed, g) alone. Text and
     given frames are dropped here and nowhere else (release: text of i2v; the rest is ours: two-scale guidance
     needs (no text, no image) and (no text, image) to be trained)."""
-    texts, cond, real, steps, rngs = [], [], [], [], []
+    drawn = []
     for clip, n, caption, g in rows:
         rng = np.random.default_rng([args.seed, 3, g])
         task = curriculum.draw(weights, n, rng)
-        cond_mask, frame_mask = make_masks(task, n, len(clip), rng=rng)
-        caption, u = drop_words(caption, rng, args.word_drop), rng.random()
-        alone = args.text_drop if cond_mask.any() else args.drop
-        texts.append(caption if TASKS[task].text and u >= args.drop + alone else "")
-        cond.append(cond_mask & (u >= args.drop))
-        real.append(frame_mask)
-        steps.append(noise_step(args.noise_levels, g, rng))
-        rngs.append(rng)
+        cond, real = make_masks(task, n, len(clip), rng=rng)
+        words = ["#" if rng.random() < args.word_drop else word for word in caption.split()]      # release
+        u, alone = rng.random(), args.text_drop if cond.any() else args.drop
+        told = " ".join(words) if TASKS[task].text and u >= args.drop + alone else ""
+        drawn.append((told, cond & (u >= args.drop), real, noise_step(args.noise_levels, g, rng), rng))
+    texts, cond, real, steps, rngs = zip(*drawn)
     cond, real = (torch.from_numpy(np.stack(x)) for x in (cond, real))
     return dict(x0=torch.stack([row[0] for row in rows]), noise=draw_noise(rngs, rows[0][0].shape, device),
                 t=torch.tensor(steps), text=text.tokenize(texts), cond_mask=cond, frame_mask=real)
@@ -493,16 +489,16 @@ def sample_sheet(loaded, stickers, items, tasks, out, name):
     for j, item in enumerate(items[:3]):
         z, n = draw_clip(stickers, item, np.random.default_rng([7, int(item)]), full=1.0)
         truth, caption = loaded.vae.decode(torch.from_numpy(z).to(device)), stickers.caption(item)
-        row = {caption: to_straight(truth[:n])}
+        row = [(caption, to_straight(truth[:n]))]
         for task in (t for t in tasks if TASKS[t].given(n)):
             cond, real = make_masks(task, n, len(z), choice=0)
             text = caption * TASKS[task].text
             clip = sample_clips(loaded, [text], truth[None], cond[None], real[None], seeds=[j])
-            row[task] = to_straight(clip[0, :n])
+            row.append((task, to_straight(clip[0, :n])))
             if j == 0:
-                write_sticker(out / f"{task}.webp", row[task], 125)
+                write_sticker(out / f"{task}.webp", row[-1][1], 125)
         rows.append(row)
-    labels, clips = [list(row) for row in rows], [list(row.values()) for row in rows]
+    labels, clips = ([[cell[k] for cell in row] for row in rows] for k in (0, 1))
     save_sheet(out / f"{name}.png", sum(clips, []), sum(labels, []))
     save_sheet(out / f"{name}.webp", clips, [row[0] for row in labels])
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (  # noqa: E402
-    SHARD, DataError, Decoded, Item, encode_frames, keep_keyframes, make_meta, make_store, number, one_line,
+    SHARD, DataError, Decoded, Item, keep_keyframes, make_meta, make_store, number, one_line,
     open_store, pack, write_store)
 
 
@@ -97,8 +97,7 @@ def augment(stickers, out, copies, vae=None, flying=False, seed=0):
     def make(shard, seen):
         rows = [change(int(i), copy) for i in items[shard * per:(shard + 1) * per]
                 for copy in range(1 if stickers.index[i]["split"] else copies)]
-        frames, index, text = pack(rows, size, most)
-        return encode_frames(vae, frames), index, text, []
+        return *pack(rows, size, most, vae), []
 
     meta = make_meta(size, most, vae)
     return write_store(out, meta, repr((meta, stickers.meta["fingerprint"], copies, flying, seed)),

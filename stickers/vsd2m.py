@@ -22,8 +22,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import (  # noqa: E402
-    FILTERS, IMAGES, MAX_FRAMES, MAX_PIXELS, SHARD, DataError, Item, cores, decode_frames, encode_frames,
-    in_order, is_held_out, make_meta, make_store, number, one_line, pack, report, sort_out, write_store)
+    FILTERS, IMAGES, MAX_FRAMES, MAX_PIXELS, SHARD, DataError, Item, cores, decode, decode_frames,
+    is_held_out, make_meta, make_store, number, one_line, pack, report, write_store)
 
 FRAME_MS = 125
 
@@ -91,14 +91,12 @@ def vsd2m(labels, path, out, size, vae=None, workers=0, filters=FILTERS, hold_ou
     database(path)                                                          # missing: says so at once
     stat = os.stat(os.path.join(path, "data.mdb") if os.path.isdir(path) else path)
     words = hashlib.blake2b(repr(rows).encode()).hexdigest()
-    work = partial(decode_label, path=path, size=size, most=most, filters=filters)
 
     def make(i, seen):
         part = rows[i * SHARD:(i + 1) * SHARD]
-        results = zip((item for item, _ in part), in_order(work, part, workers))
-        kept, left_out = sort_out(results, filters, seen)
-        frames, index, text = pack(kept, size, most)
-        return encode_frames(vae, frames), index, text, left_out
+        kept, left_out = decode([item for item, _ in part], size, most, filters, workers, seen,
+                                partial(decode_label, path=path), part)
+        return *pack(kept, size, most, vae), left_out
 
     return write_store(out, meta, repr((meta, sorted(filters), words, stat.st_size, stat.st_mtime_ns)),
                        math.ceil(len(rows) / SHARD), make,

@@ -135,6 +135,14 @@ def test_a_sticker_of_a_platform_begins_with_a_picture(tmp_path, capsys):
     assert (back[0, ..., 3] > 0).mean() > 0.3 and times == [*range(103, 108), 303]    # 3 empty ones are one
 
 
+def test_what_a_platform_takes_stays_within_our_own_limit_of_pixels(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "MAX_TOTAL", 5 * 512 * 512)
+    frames = np.full((10, 64, 64, 4), 255, np.uint8)
+    frames[:, 5:9, 5:9, 0] = np.arange(0, 200, 20)[:, None, None]
+    assert data.write_sticker(tmp_path / "a.webp", frames, 100, platform="whatsapp")["frames"] == 5
+    assert "5 of 10 frames" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".webp", ".webm", ".apng", ".gif"])
 def test_the_size_search_takes_the_first_setting_that_fits_and_tries_few(tmp_path, monkeypatch, suffix):
     """The first of all frames from the best level down, then every second, ..; a lossless file may be the

@@ -795,3 +795,15 @@ def test_three_updates_on_a_gpu_resumed_and_sampled(store, tmp_path, flags):
     sample = [sys.executable, "sample.py", "--ckpt", out / "last.pt", "--text", "a red heart", "--out",
               out / "x.webp"]
     subprocess.run([str(x) for x in sample], check=True, cwd=root)
+
+
+def test_a_caption_that_is_the_name_of_a_task_keeps_its_truth_on_the_sheet(tmp_path, monkeypatch):
+    cfg = train.Config(**train.PRESETS["micro"])
+    loaded = train.Loaded(train.RDTF(cfg), train.AutoencoderKL(cfg), cfg, {})
+    clip = np.zeros((8, *cfg.latent_shape[1:]), np.float16)
+    stickers = Namespace(caption=lambda item: "interpolate")
+    monkeypatch.setattr(train, "draw_clip", lambda *a, **k: (np.float32(clip), 8))
+    sheets = {}
+    monkeypatch.setattr(train, "save_sheet", lambda path, *sheet: sheets.update({path.suffix: sheet}))
+    train.sample_sheet(loaded, stickers, [0], ("interpolate", "t2v"), tmp_path, "samples")
+    assert sheets[".png"][1] == ["interpolate", "interpolate", "t2v"] and len(sheets[".webp"][0][0]) == 3
