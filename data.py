@@ -853,14 +853,22 @@ class Stickers:
         return np.flatnonzero(self.index["split"] == SPLITS.index(split))
 
     def encode(self, vae):
-        """-> the same as latents of this autoencoder, in memory; itself if it holds them already."""
+        """-> the same as latents of this autoencoder, in memory; itself if it holds them already. Of several
+        processes each encodes its part."""
         if self.meta["kind"] == "latents":
             if self.meta["vae"] != vae.fingerprint():
                 raise DataError(f"--data: the store holds latents of VAE {self.meta['vae']}, the run uses "
                                 f"{vae.fingerprint()}; prepare it again with --vae, or without it (pixels "
                                 f"suit every VAE)")
             return self
-        shards = [encode_frames(vae, shard) for shard in self.shards]
+        import torch.distributed as dist
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        shards = []
+        for shard in self.shards:
+            parts = [encode_frames(vae, np.array_split(shard, world)[rank])] * world
+            if world > 1:
+                dist.all_gather_object(parts, parts[rank])
+            shards.append(np.concatenate(parts))
         return Stickers(shards, self.index, self.text, make_meta(self.size, self.meta["frames"], vae))
 
 

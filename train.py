@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from curriculum import TASKS, Curriculum, make_masks
-from data import (DataError, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
+from data import (DataError, cores, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
                   write_sticker)
 from rdtf import (FORMAT, PRESETS, RDTF, SAMPLING, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded,
                   add_lora, alphas_cumprod, blend, find_device, fingerprint, has_bf16, load_model, load_vae,
@@ -50,15 +50,15 @@ BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent:0.2
 SMALL = dict(accumulation=1, optimizer="muon", lr=0.01, weight_decay=0.1, schedule="cosine", full=0.7,
              tasks="t2v,t2v,t2v,i2v,it2v,predict_pre,predict_post,interpolate", word_drop=0.1,
              noise_levels="normal")
-RECIPES = {  # what the flags of a preset default to
-    "tiny": dict(SMALL, steps=700, batch_size=8, ema=0.998, warmup=50),
+RECIPES = {  # what the flags of a preset default to; batch_size: of all processes together, one each at least
+    "tiny": dict(SMALL, steps=320, batch_size=16, lr=0.014, ema=0.998, warmup=25),
     "base": dict(SMALL, steps=100_000, batch_size=16, ema=0.9999, warmup=1000),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5
     "paper": dict(accumulation=6, optimizer="adamw", lr=1e-5, weight_decay=0.01, schedule="constant",
                   full=0.0, tasks=",".join(TASKS), word_drop=0.2, noise_levels="uniform", steps=50_000,
                   batch_size=1, ema=0.9999, warmup=0),
 }
-LORA = dict(optimizer="adamw", lr=5e-3, weight_decay=0.01)                  # what changes in them with --lora
+LORA = dict(batch_size=8, optimizer="adamw", lr=5e-3, weight_decay=0.01)    # what changes in them with --lora
 
 
 def parser():
@@ -83,7 +83,8 @@ def parser():
       help="one or two local Hugging Face text encoders; none: byte transformer")
     a("--temporal", default="sti", choices=["sti", "conv3d"], help="what mixes frames (Table 3)")
     a("--steps", type=some, help="updates of the weights")
-    a("--batch-size", type=some, help="clips per process and micro-step")
+    a("--batch-size", type=some,
+      help="clips per process and micro-step; None: the recipe's (tiny and base 16), shared by the processes")
     a("--accumulation", type=some, help="micro-steps per update")
     a("--optimizer", choices=["adamw", "muon"], help="muon: for matrices, with AdamW for the rest")
     a("--lr", type=rate, help="peak learning rate; with muon AdamW has a tenth of it")
@@ -136,6 +137,7 @@ class Context:
             # the others wait while the main process evaluates, samples and saves
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=1))
+            torch.set_num_threads(cores())                                  # torchrun gives each just one
         self.bf16 = args.precision == "bf16" or args.precision == "auto" and has_bf16(self.device)
 
     def autocast(self):
@@ -287,25 +289,33 @@ def orthogonal(m, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices and convolutions seen as (out, rest).
     Every update has the same size, so weights grow until the decay balances it, and what was learnt fades
-    within 1 / (lr weight_decay) updates: benchmarks/README.md says what too little and too much of it do."""
+    within 1 / (lr weight_decay) updates: benchmarks/README.md says what too little and too much of it do.
+    Of several processes each makes its part of the updates orthogonal, and sends it to the others."""
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
-            lr, beta, shapes = group["lr"], group["momentum"], {}
+            lr, beta, shapes, updates = group["lr"], group["momentum"], {}, []
             for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 shapes.setdefault(p.flatten(1).shape, []).append(p)
-            for (rows, columns), params in shapes.items():                  # few kernels: those of one shape
+            # few kernels: all of one shape at once; large ones first, for even parts
+            groups = sorted(shapes.items(), key=lambda x: -len(x[1]) * min(x[0]) * x[0].numel())
+            for i, (_, params) in enumerate(groups):
                 grads, m = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(m, grads, 1 - beta)
-                u = orthogonal(torch.stack([x.flatten(1) for x in torch._foreach_lerp(grads, m, beta)]))
+                u = torch.stack([x.flatten(1) for x in torch._foreach_lerp(grads, m, beta)])
+                updates.append(orthogonal(u).contiguous() if i % world == rank else u)
+            for i, ((rows, columns), params) in enumerate(groups):
+                if world > 1:
+                    dist.broadcast(updates[i], i % world)
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, [x.view_as(p) for p, x in zip(params, u)],
+                torch._foreach_add_(params, [x.view_as(p) for p, x in zip(params, updates[i])],
                                     alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
@@ -684,7 +694,9 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
 
 def resolve(args):
     """Fill in the preset's recipe, check what can be checked before anything is loaded -> Config."""
-    for key, value in {**RECIPES[args.preset], **(LORA if args.lora else {})}.items():
+    recipe = {**RECIPES[args.preset], **(LORA if args.lora else {})}
+    recipe["batch_size"] = max(1, recipe["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+    for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.out = args.out or f"runs/{args.preset}"

@@ -265,10 +265,15 @@ def test_two_processes_with_muon_on_two_sets_resume_bitwise(store, vae, tmp_path
     data, a, b, c = [f"{store}:0.7", "synthetic:9"], tmp_path / "a", tmp_path / "b", tmp_path / "c"
     ranks(a, data, *flags)
     ranks(b, data, *flags, "--max-updates", 2)
+    before = load(b / "last.pt")["model"]
     ranks(b, data, *flags)
     assert not difference(a / "last.pt", b / "last.pt")
     go(c, data, *flags[:-1], 2)
     assert np.allclose(losses_of(a), losses_of(c), rtol=0.02)
+    one, two = load(c / "last.pt")["model"], load(a / "last.pt")["model"]
+    apart = {k: float((one[k] - two[k]).norm() / (one[k] - before[k]).norm().clamp(min=1e-6))
+             for k in one if one[k].ndim > 1}                               # of what two updates changed
+    assert max(apart.values()) < 0.01, apart
 
 
 @pytest.mark.parametrize("program, file", [("train", "last.pt"), ("vae", "training.pt")])
@@ -684,6 +689,16 @@ def test_every_flag_is_read_and_has_help():
         train.resolve(args)
         assert all(value is not None for value in vars(args).values()), preset
 
+
+@pytest.mark.parametrize("flags, world, expected", [
+    (["--preset", "tiny"], 1, 16), (["--preset", "tiny"], 2, 8), (["--preset", "base"], 3, 5),
+    (["--preset", "tiny"], 64, 1), (["--preset", "paper"], 16, 1), (["--batch-size", "4"], 2, 4),
+    (["--lora", "4", "--init", "x.pt"], 1, 8)])
+def test_processes_share_the_batch_of_a_recipe(flags, world, expected, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    args = train.parser().parse_args(flags)
+    train.resolve(args)
+    assert args.batch_size == expected
 
 def test_dry_run_writes_nothing(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
