@@ -1,7 +1,7 @@
 """Train RDTF: DFGN with dual masks and the curriculum, on stickers in an autoencoder's latents.
 
     python train.py                                       # built-in stickers, preset tiny, CPU or GPU
-    torchrun --nproc_per_node 8 train.py --preset base --data cache/fluent cache/emoji:0.2 --out runs/mine
+    torchrun --nproc_per_node 8 train.py --preset base --batch-size 16 --data cache/mine --out runs/mine
     python train.py --dry-run --preset base               # parameters, memory, time; nothing is written
     python train.py --out runs/mine --export mine.pt      # the averaged weights in half precision
 
@@ -58,7 +58,7 @@ RECIPES = {  # what the flags of a preset default to; batch_size: of all process
                   full=0.0, tasks=",".join(TASKS), word_drop=0.2, noise_levels="uniform", steps=50_000,
                   batch_size=1, ema=0.9999, warmup=0),
 }
-LORA = dict(batch_size=8, optimizer="adamw", lr=5e-3, weight_decay=0.01)    # what changes in them with --lora
+LORA = dict(batch_size=8, optimizer="adamw", lr=5e-3, weight_decay=0.01, warmup=50)      # changed with --lora
 
 
 def parser():

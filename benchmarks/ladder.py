@@ -162,7 +162,7 @@ def run(name, args, clock=Clock):
     rdtf.guess_frames, train.noise_step = this.guess, this.steps
     keys = ("vae", "seed", "tasks", "save_every", "batch_size")
     passed = {key: getattr(args, key) for key in keys}
-    flags = passed | dict(curriculum="none") | this.flags | dict(
+    flags = passed | dict(curriculum="none", warmup=50) | this.flags | dict(
         data=args.data + args.more * bool(this.more), out=out, steps=FOREVER, eval_every=0)
     words = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
              for key, value in flags.items() if value is not None]

@@ -281,7 +281,7 @@ def spend(name, cfg, weights, minutes, out, args, tasks, measured=True):
     flags = dict(data=args.data, out=out, vae=args.vae or args.base, steps=ladder.FOREVER, seed=args.seed,
                  tasks=tasks, temporal=cfg.temporal, batch_size=args.batch_size, optimizer=optimizer, lr=lr,
                  weight_decay=(train.LORA if optimizer == "adamw" else train.RECIPES["tiny"])["weight_decay"],
-                 curriculum="none", eval_every=0, save_every=args.save_every)
+                 curriculum="none", warmup=50, eval_every=0, save_every=args.save_every)
     words = [[f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
              for key, value in flags.items()]
     with built_as(name, cfg, weights):
