@@ -7,7 +7,8 @@
 
 The same command goes on where it was stopped, also after kill -9. Every draw is a pure function of the seed,
 the global sample index and the saved losses. The global batch is --batch-size, which is per process, times
-processes times --accumulation: where it stays the same, the number of processes does not change the run.
+processes times --accumulation: where it stays the same, as it does without that flag, the number of processes
+does not change the run.
 The autoencoder is trained before, by stickers/vae.py; the presets tiny and base come with one.
 """
 
