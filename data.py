@@ -707,6 +707,11 @@ def in_order(work, items, workers, timeout=120):
             process.communicate()
 
 
+def processes():
+    """-> (number of this process, how many torchrun started)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def cores():
     """How many CPU cores this process may use: of torchrun's processes each has its share."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -862,13 +867,14 @@ class Stickers:
                                 f"suit every VAE)")
             return self
         import torch.distributed as dist
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        shards = []
+        (rank, world), shards = processes(), []
         for shard in self.shards:
-            parts = [encode_frames(vae, np.array_split(shard, world)[rank])] * world
+            latents = encode_frames(vae, np.array_split(shard, world)[rank])
             if world > 1:
-                dist.all_gather_object(parts, parts[rank])
-            shards.append(np.concatenate(parts))
+                parts = [None] * world
+                dist.all_gather_object(parts, latents)
+                latents = np.concatenate(parts)
+            shards.append(latents)
         return Stickers(shards, self.index, self.text, make_meta(self.size, self.meta["frames"], vae))
 
 

@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from curriculum import TASKS, Curriculum, make_masks
-from data import (DataError, cores, draw_clip, join, number, one_line, open_stickers, save_sheet, to_straight,
-                  write_sticker)
+from data import (DataError, cores, draw_clip, join, number, one_line, open_stickers, processes, save_sheet,
+                  to_straight, write_sticker)
 from rdtf import (FORMAT, PRESETS, RDTF, SAMPLING, SHIPPED, AutoencoderKL, Config, FrozenText, Loaded,
                   add_lora, alphas_cumprod, blend, find_device, fingerprint, has_bf16, load_model, load_vae,
                   read_weights, reason, sample_clips, to_device)
@@ -130,7 +130,7 @@ class Context:
     """Device, ranks and precision. LOCAL_RANK picks the device, RANK the share of the work."""
 
     def __init__(self, args):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = processes()
         self.main, self.device = self.rank == 0, find_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -298,7 +298,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = processes()
         for group in self.param_groups:
             lr, beta, shapes, updates = group["lr"], group["momentum"], {}, []
             for p in (p for p in group["params"] if p.grad is not None):
@@ -696,7 +696,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
 def resolve(args):
     """Fill in the preset's recipe, check what can be checked before anything is loaded -> Config."""
     recipe = {**RECIPES[args.preset], **(LORA if args.lora else {})}
-    recipe["batch_size"] = max(1, recipe["batch_size"] // int(os.environ.get("WORLD_SIZE", 1)))
+    recipe["batch_size"] = max(1, recipe["batch_size"] // processes()[1])
     for key, value in recipe.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

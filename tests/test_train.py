@@ -700,6 +700,7 @@ def test_processes_share_the_batch_of_a_recipe(flags, world, expected, monkeypat
     train.resolve(args)
     assert args.batch_size == expected
 
+
 def test_dry_run_writes_nothing(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     process = run_micro.start(["--data", str(store), "--dry-run"], "printed")
