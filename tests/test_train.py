@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -795,8 +796,40 @@ def test_a_failed_write_names_the_file(tmp_path, monkeypatch):
     assert load(path) == {"x": 1} and [x.name for x in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_caption_that_is_the_name_of_a_task_keeps_its_truth_on_the_sheet(tmp_path, monkeypatch):
+    cfg = train.Config(**train.PRESETS["micro"])
+    loaded = train.Loaded(train.RDTF(cfg), train.AutoencoderKL(cfg), cfg, {})
+    clip = np.zeros((8, *cfg.latent_shape[1:]), np.float16)
+    stickers = Namespace(caption=lambda item: "interpolate")
+    monkeypatch.setattr(train, "draw_clip", lambda *a, **k: (np.float32(clip), 8))
+    sheets = {}
+    monkeypatch.setattr(train, "save_sheet", lambda path, *sheet: sheets.update({path.suffix: sheet}))
+    train.sample_sheet(loaded, stickers, [0], ("interpolate", "t2v"), tmp_path, "samples")
+    assert sheets[".png"][1] == ["interpolate", "interpolate", "t2v"] and len(sheets[".webp"][0][0]) == 3
+
+
 # ------------------------------------------------------------------------------------------------------------
 # On a GPU
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "muon"], ["--checkpointing"], ["--lora", "2", "--init"]],
+                         ids=["muon", "checkpointing", "lora"])
+def test_an_update_reads_nothing_of_the_device_but_its_loss(store, vae, plain, tmp_path, monkeypatch, flags):
+    """On "meta" tensors have a place but no content: what mixes places or reads a value raises. So an update
+    (batches, network, gradients, optimizers, average) passes, up to the line that reads the loss."""
+    monkeypatch.setattr(train.Context, "autocast", lambda self: nullcontext())          # knows no meta
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: adamw(*a, **k | {"fused": False}))
+    monkeypatch.setattr(rdtf.AutoencoderKL, "to", lambda self, device: self)             # encodes before
+    last = plain / "last.pt"
+    flags = [*flags, str(last)] if "--init" in flags else [*flags, "--vae", str(vae)]
+    args = train.parser().parse_args(["--preset", "micro", "--data", str(store), "--device", "meta",
+                                      "--batch-size", "2", "--accumulation", "2", "--steps", "2",
+                                      "--out", str(tmp_path / "run"), *flags])
+    with pytest.raises(NotImplementedError, match="no data") as caught:
+        train.run(args)
+    frame = [x for x in caught.traceback if x.path == Path(train.__file__)][-1]
+    assert "stats.tolist()" in str(frame.statement)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
@@ -811,15 +844,3 @@ def test_three_updates_on_a_gpu_resumed_and_sampled(store, tmp_path, flags):
     sample = [sys.executable, "sample.py", "--ckpt", out / "last.pt", "--text", "a red heart", "--out",
               out / "x.webp"]
     subprocess.run([str(x) for x in sample], check=True, cwd=root)
-
-
-def test_a_caption_that_is_the_name_of_a_task_keeps_its_truth_on_the_sheet(tmp_path, monkeypatch):
-    cfg = train.Config(**train.PRESETS["micro"])
-    loaded = train.Loaded(train.RDTF(cfg), train.AutoencoderKL(cfg), cfg, {})
-    clip = np.zeros((8, *cfg.latent_shape[1:]), np.float16)
-    stickers = Namespace(caption=lambda item: "interpolate")
-    monkeypatch.setattr(train, "draw_clip", lambda *a, **k: (np.float32(clip), 8))
-    sheets = {}
-    monkeypatch.setattr(train, "save_sheet", lambda path, *sheet: sheets.update({path.suffix: sheet}))
-    train.sample_sheet(loaded, stickers, [0], ("interpolate", "t2v"), tmp_path, "samples")
-    assert sheets[".png"][1] == ["interpolate", "interpolate", "t2v"] and len(sheets[".webp"][0][0]) == 3
