@@ -308,7 +308,9 @@ class Detail(nn.Module):
         """Norm, SiLU, convolution. A CPU's kernels work on 16 maps at a time: there 16 are made and 8 are
         dropped, which takes a tenth off a training step in bf16 (benchmarks/README.md)."""
         conv, spare = self.convs[i], -self.frames % 16 if x.device.type == "cpu" else 0
-        weight, bias = F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, spare)), F.pad(conv.bias, (0, spare))
+        weight, bias = conv.weight, conv.bias
+        if spare:
+            weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, spare)), F.pad(bias, (0, spare))
         return F.conv2d(F.silu(self.norms[i](x)), weight, bias, padding=1)[:, :self.frames]
 
 
@@ -606,7 +608,7 @@ class DFGN(nn.Module):
     def run(self, module, *args):
         """Recompute the module in the backward pass instead of storing it, if asked to."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
+            return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False)
         return module(*args)
 
 

@@ -50,12 +50,13 @@ LOG_SNR = torch.logit(alphas_cumprod()).numpy()                             # of
 BUILT_IN = [str(HERE / "stickers" / name) for name in ("characters", "fluent:0.2")]
 SMALL = dict(accumulation=1, optimizer="muon", lr=0.01, weight_decay=0.1, schedule="cosine", full=0.7,
              tasks="t2v,t2v,t2v,i2v,it2v,predict_pre,predict_post,interpolate", word_drop=0.1,
-             noise_levels="normal")
+             noise_levels="normal", save_every=200, eval_every=100)
+LARGE = dict(save_every=1000, eval_every=500)           # their checkpoints have gigabytes
 RECIPES = {  # what the flags of a preset default to; batch_size: of all processes together, one each at least
     "tiny": dict(SMALL, steps=320, batch_size=16, lr=0.014, ema=0.998, warmup=25),
-    "base": dict(SMALL, steps=100_000, batch_size=16, ema=0.9999, warmup=1000),
+    "base": dict({**SMALL, **LARGE}, steps=100_000, batch_size=16, ema=0.9999, warmup=1000),
     # Table 6: 50 K updates, 16 GPUs x batch 1 x accumulation 6, lr 1e-5
-    "paper": dict(accumulation=6, optimizer="adamw", lr=1e-5, weight_decay=0.01, schedule="constant",
+    "paper": dict(LARGE, accumulation=6, optimizer="adamw", lr=1e-5, weight_decay=0.01, schedule="constant",
                   full=0.0, tasks=",".join(TASKS), word_drop=0.2, noise_levels="uniform", steps=50_000,
                   batch_size=1, ema=0.9999, warmup=0),
 }
@@ -110,10 +111,10 @@ def parser():
       help="of the updates; auto: bf16 where it is fast")
     a("--compile", action="store_true", help="torch.compile the model")
     a("--checkpointing", action="store_true", help="recompute layers in the backward: less memory, slower")
-    a("--save-every", type=count, default=200, help="updates between checkpoints, 0 = only at the end")
+    a("--save-every", type=count, help="updates between checkpoints, 0 = only at the end")
     a("--keep-every", type=count, default=0,
       help="updates between numbered checkpoints with a sheet of samples, 0 = none")
-    a("--eval-every", type=count, default=100, help="updates between held-out losses, 0 = only at the end")
+    a("--eval-every", type=count, help="updates between held-out losses, 0 = only at the end")
     a("--log-every", type=some, default=10, help="updates between lines of log.jsonl")
     a("--patience", type=some, default=20, help="stop after this many non-finite losses in a row")
     a("--max-updates", type=count, default=0, help="save and stop after this many updates, 0 = no limit")
@@ -305,8 +306,9 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 shapes.setdefault(p.flatten(1).shape, []).append(p)
-            # few kernels: all of one shape at once; large ones first, for even parts
-            groups = sorted(shapes.items(), key=lambda x: -len(x[1]) * min(x[0]) * x[0].numel())
+            # few kernels: all of one shape at once; the costly ones in `orthogonal` first, for even parts
+            groups = sorted(shapes.items(), reverse=True,
+                            key=lambda x: len(x[1]) * min(x[0]) ** 2 * (max(x[0]) + 10 * min(x[0])))
             for i, (_, params) in enumerate(groups):
                 grads, m = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(m, grads, 1 - beta)
@@ -603,7 +605,8 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     model.net.checkpointing = args.checkpointing
     if args.compile:                                                        # in place: names of weights stay
         model.compile()
-    net = DDP(model, device_ids=[device.index] if device.type == "cuda" else None) if ctx.world > 1 else model
+    places = [device.index] if device.type == "cuda" else None
+    net = DDP(model, places, gradient_as_bucket_view=True) if ctx.world > 1 else model
     loaded, fixed = Loaded(average, vae, cfg, {}), validation_rows(stickers, shown, tasks)
     global_batch, start, bad, window = args.batch_size * args.accumulation * ctx.world, now, 0, []
 
@@ -804,13 +807,11 @@ def export(args):
 
 def main():
     args = parser().parse_args()
-    try:
-        status = one_line("train.py", lambda: export(args) if args.export else run(args))
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    if status:
+    status = one_line("train.py", lambda: export(args) if args.export else run(args))
+    if status:                      # torchrun ends the others; to leave their group could wait for them
         sys.exit(status)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ def updates(model, preset, loss, device):
     return update
 
 
+def paper_net(device):
+    """-> (Config, DFGN): 0.96 B weights, drawn where they are used."""
+    cfg = rdtf.Config(**rdtf.PRESETS["paper"])
+    with torch.device(device):
+        return cfg, rdtf.DFGN(cfg).to(device)
+
+
 def paper_inputs(cfg, b, device):
     """x, t, clean latents of the given frames, 2 x 77 text tokens."""
     x, given = (torch.randn(b, *cfg.latent_shape, device=device) for _ in range(2))
@@ -83,7 +90,7 @@ def paper_inputs(cfg, b, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Jobs: job(args) -> list of rows (what, measured, aim)
+# Jobs: job(args) -> rows (what, measured, aim), one after the other, as they are measured
 
 
 def smoke(args):
@@ -99,27 +106,25 @@ def smoke(args):
                      "--device", args.device])
         lines = [x["loss"] for (stage, _), x in train.read_log(f"{out}/log.jsonl").items() if stage == "main"]
         assert len(lines) == 3 and all(lines) and Path(out, "x.webp").exists()
-    return [("smoke test: train, resume, sample", "passed", "passes")]
+    yield "smoke test: train, resume, sample", "passed", "passes"
 
 
 def memory(args, checkpointing):
-    cfg = rdtf.Config(**rdtf.PRESETS["paper"])
-    net = rdtf.DFGN(cfg).to(args.device)
+    cfg, net = paper_net(args.device)
     net.checkpointing, data = checkpointing, paper_inputs(cfg, 1, args.device)
     update = updates(net, "paper", lambda: net(*data).square().mean(), args.device)
     for _ in range(3):
         update()
     gib = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda" else float("nan")
-    return [(f"paper, batch 1, AdamW, EMA, bf16{', --checkpointing' * checkpointing}: peak memory",
-             f"{gib:.1f} GiB", f"{24 if checkpointing else 40} GiB")]
+    yield (f"paper, batch 1, AdamW, EMA, bf16{', --checkpointing' * checkpointing}: peak memory",
+           f"{gib:.1f} GiB", f"{24 if checkpointing else 40} GiB")
 
 
 def paper(args, mode):
-    """Table 8's forward, and forward + backward of 8 clips."""
-    cfg, b = rdtf.Config(**rdtf.PRESETS["paper"]), 1 if args.miniature else 8
-    net = rdtf.DFGN(cfg).to(args.device)
+    """Forward + backward of 8 clips, or of as many as fit, and Table 8's forward."""
+    cfg, net = paper_net(args.device)
     speed.fill(net)                                                         # or most products have zeros
-    one, many, rows = paper_inputs(cfg, 1, args.device), paper_inputs(cfg, b, args.device), []
+    one = paper_inputs(cfg, 1, args.device)
 
     def step(data):
         net.zero_grad(set_to_none=True)
@@ -131,26 +136,31 @@ def paper(args, mode):
         with torch.no_grad(), torch.autocast(args.device, torch.bfloat16, enabled=bf16):
             net(*one)
 
-    flops = b * speed.count_flops(lambda: step(one))                        # before it is compiled
+    flops = speed.count_flops(lambda: step(one))                            # before it is compiled
     if MODES[mode] is not None:
         net.compile(**MODES[mode])
-    took = seconds(partial(step, many), args.device, args.repeats)
     peak = speed.matmul_peak(speed.Clock(args.device, "wall"), args.device, "bf16")
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    sheet = next((f", {flops / took / p:.1%} of the data sheet's" for n, p in PEAKS.items() if n in name), "")
-    rows.append((f"paper, batch {b}, forward + backward, {mode}",
-                 f"{1e3 * took:.1f} ms, {flops / took / 1e12:.2f} TFLOP/s, {flops / took / peak:.1%} of the "
-                 f"bf16 peak of a matrix product ({peak / 1e12:.2f}){sheet}", "45 %"))
+    for b in (1,) if args.miniature else (8, 4, 2):
+        try:
+            took = seconds(partial(step, paper_inputs(cfg, b, args.device)), args.device, args.repeats)
+        except torch.OutOfMemoryError:
+            continue
+        rate = b * flops / took
+        sheet = next((f", {rate / p:.1%} of the data sheet's" for n, p in PEAKS.items() if n in name), "")
+        yield (f"paper, batch {b}, forward + backward, {mode}",
+               f"{1e3 * took:.1f} ms, {rate / 1e12:.2f} TFLOP/s, {rate / peak:.1%} of the bf16 peak of a "
+               f"matrix product ({peak / 1e12:.2f}){sheet}", "45 %")
+        break
     for bf16 in (True, False):
         took = seconds(partial(forward, bf16), args.device, args.repeats)
-        kind = "bf16" if bf16 else "TF32" if args.device == "cuda" else "fp32"       # main asks for TF32
-        rows.append((f"paper, Table 8's forward, {kind}, {mode}", f"{1e3 * took:.1f} ms", "390 ms on a V100"))
-    return rows
+        kind = "bf16" if bf16 else "fp32 (on a GPU convolutions in TF32)"
+        yield f"paper, Table 8's forward, {kind}, {mode}", f"{1e3 * took:.1f} ms", "390 ms on a V100"
 
 
 def small(args, preset, mode):
     """Clips a second of whole updates, for some sizes of the batch."""
-    cfg, rows = rdtf.Config(**rdtf.PRESETS[preset]), []
+    cfg = rdtf.Config(**rdtf.PRESETS[preset])
     for b in (EAGER_SIZES if mode == "eager" else COMPILED_SIZES)[preset]:
         torch.manual_seed(0)
         model = rdtf.RDTF(cfg).to(args.device).train()
@@ -166,9 +176,8 @@ def small(args, preset, mode):
             rate = f"{b / seconds(update, args.device, args.repeats):.1f} clips/s"
         except torch.OutOfMemoryError:
             rate = "out of memory"
-        rows.append((f"{preset}, batch {b}, {mode}", rate, ""))
+        yield f"{preset}, batch {b}, {mode}", rate, ""
         del model, update
-    return rows
 
 
 JOBS = {"smoke": smoke, "paper-memory": partial(memory, checkpointing=False),
@@ -181,18 +190,18 @@ JOBS = {"smoke": smoke, "paper-memory": partial(memory, checkpointing=False),
 
 
 def apart(name, args, left):
-    """A job in a process of its own, of at most `left` seconds -> rows; what went wrong is a row, too."""
+    """A job in a process of its own, of at most `left` seconds -> its rows; what went wrong is one, too."""
     command = [sys.executable, __file__, "--job", name, "--device", args.device, "--repeats",
                str(args.repeats)]
     if left < 20:
         return [(name, "no time left: run it with --only", "")]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-    except subprocess.TimeoutExpired:
-        return [(name, f"not done after {left:.0f} s", "")]
-    if done.returncode:
-        return [(name, f"failed: {(done.stderr.strip() or 'no message').splitlines()[-1][:150]}", "")]
-    return json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run(command, capture_output=True, timeout=left)
+        said, why = done.stdout, (done.stderr.decode().strip() or "no message").splitlines()[-1][:150]
+        wrong = [(name, f"failed: {why}", "")] if done.returncode else []
+    except subprocess.TimeoutExpired as e:
+        said, wrong = e.stdout or b"", [(name, f"not done after {left:.0f} s", "")]
+    return [tuple(json.loads(x)) for x in said.decode().splitlines() if x.startswith('["')] + wrong
 
 
 def main(arguments=None):
@@ -211,7 +220,9 @@ def main(arguments=None):
     if args.miniature:
         miniature()
     if args.job:
-        return print("\n" + json.dumps(JOBS[args.job](args)))
+        for row in JOBS[args.job](args):
+            print("\n" + json.dumps(row), flush=True)
+        return
     end, rows = time.monotonic() + 60 * args.minutes, []
     for name in (n for n in JOBS if any(word in n for word in args.only)):
         began = time.monotonic()

@@ -3,8 +3,7 @@
     python benchmarks/speed.py                         # training step and forward, bf16 autocast and fp32
     python benchmarks/speed.py --sampling              # 50 DDIM steps with two-scale guidance, one sticker
     python benchmarks/speed.py --compile               # the same, our network compiled
-    python benchmarks/speed.py --preset paper --count  # what can be counted without a GPU
-    python benchmarks/speed.py --preset paper --device cuda [--compile]   # memory, share of peak, Table 8
+    python benchmarks/speed.py --preset paper --count  # what can be counted without a GPU (gpu.py: on one)
 
 One process, all models on the same inputs, one run of each in turn (a busy machine slows all of them alike);
 the ratio is the median over rounds of peer / ours. Peers need `pip install diffusers`; without it only ours
@@ -249,52 +248,6 @@ def count(cfg, args):
         print(f"kept for the backward pass, checkpointing {net.checkpointing}: {gib:.2f} GiB")
 
 
-def on_gpu(cfg, args, clock):
-    """One network on a CUDA device: memory, share of peak, Table 8's forward."""
-    peak = matmul_peak(clock, "cuda", "bf16")
-    print(f"{torch.cuda.get_device_name()}, bf16 matmul peak {peak / 1e12:.0f} TFLOP/s")
-    for checkpointing in (False, True):
-        net, data = rdtf.DFGN(cfg).cuda(), inputs(cfg, 1, args.latent, args.text_tokens, "cuda")
-        net.checkpointing = checkpointing
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5)
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            optimizer.zero_grad(set_to_none=True)
-            with autocast("cuda", "bf16"):
-                net(*data).square().mean().backward()
-            optimizer.step()
-        gib = torch.cuda.max_memory_allocated() / 2 ** 30
-        print(f"AdamW, batch 1, bf16 autocast, checkpointing {checkpointing}: {gib:.1f} GiB", flush=True)
-        del net, optimizer
-        torch.cuda.empty_cache()
-    net = rdtf.DFGN(cfg).cuda()
-    fill(net)
-    data = inputs(cfg, args.batch, args.latent, args.text_tokens, "cuda")
-    with autocast("cuda", "bf16"):
-        flops = count_flops(lambda: net(*data).square().mean().backward())
-    if args.compile:
-        net.compile()
-
-    def step():
-        net.zero_grad(set_to_none=True)
-        with autocast("cuda", "bf16"):
-            y = net(*data)
-        y.square().mean().backward()
-
-    seconds = statistics.median(alternate(clock, {"ours": step}, args.repeats, warmup=3)["ours"])
-    gib = torch.cuda.max_memory_allocated() / 2 ** 30
-    print(f"forward + backward, batch {args.batch}: {1e3 * seconds:.1f} ms,",
-          f"{flops / seconds / 1e12:.0f} TFLOP/s, {flops / seconds / peak:.1%} of peak, {gib:.1f} GiB")
-    net.zero_grad(set_to_none=True)
-    data = inputs(cfg, 1, args.latent, args.text_tokens, "cuda")
-    for dtype in args.dtype:
-        def forward():
-            with torch.inference_mode(), autocast("cuda", dtype):
-                net(*data)
-        seconds = statistics.median(alternate(clock, {"ours": forward}, args.repeats, warmup=3)["ours"])
-        print(f"Table 8's input, one forward, {dtype}: {1e3 * seconds:.1f} ms", flush=True)
-
-
 def inputs(cfg, b, latent, tokens, device, dtype=torch.float32):
     clip = (b, cfg.frames, cfg.latent_channels, latent, latent)
     x, cond = (torch.randn(clip, device=device, dtype=dtype) for _ in range(2))
@@ -312,7 +265,7 @@ def main(arguments=None):
     p.add_argument("--context-dim", type=int, default=256, help="width of the text tokens")
     p.add_argument("--text-tokens", type=int, default=77, help="text tokens a clip")
     p.add_argument("--latent", type=int, default=32, help="latent rows and columns")
-    p.add_argument("--batch", type=int, default=0, help="clips; 0: 1, or 8 for the paper preset on a GPU")
+    p.add_argument("--batch", type=int, default=1, help="clips")
     p.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"],
                    help="bf16 is autocast")
     p.add_argument("--peers", nargs="*", default=list(BUILDERS)[1:], choices=list(BUILDERS)[1:],
@@ -332,15 +285,12 @@ def main(arguments=None):
         sys.exit("--widths: the peers have four levels; give four widths, or --peers without a name")
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.batch = args.batch or (8 if args.preset and args.device == "cuda" else 1)
     cfg = rdtf.Config(**rdtf.PRESETS["paper"]) if args.preset else rdtf.Config(
         widths=args.widths, layers=2, head_dim=args.head_dim, context_dim=args.context_dim, latent_channels=4)
     clock = Clock(args.device, args.clock)
     if args.count:
         return count(cfg, args)
     torch.manual_seed(0)
-    if args.preset and args.device == "cuda":
-        return on_gpu(cfg, args, clock)
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {args.device}, {threads} threads, {args.clock} seconds\n"
           f"widths {cfg.widths}, head {cfg.head_dim}, text {args.text_tokens}x{cfg.context_dim}, "

@@ -21,11 +21,16 @@ def test_every_job_in_miniature(monkeypatch, capsys):
     assert "24 GiB" in table[2] and "40 GiB" in table[1]
 
 
-def test_a_job_that_fails_or_takes_too_long_is_a_row(monkeypatch):
+def test_a_job_that_fails_or_takes_too_long_is_a_row(tmp_path, monkeypatch):
     args = SimpleNamespace(device="cpu", repeats=1)
     assert gpu.apart("smoke", args, 5)[0][1].startswith("no time left")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert gpu.apart("smoke", args, 60)[0][1].startswith("failed")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho '[\"paper\", \"7 ms\", \"\"]'\necho out of memory >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert gpu.apart("smoke", args, 60) == [("paper", "7 ms", ""), ("smoke", "failed: out of memory", "")]
     monkeypatch.undo()
     if not gpu.torch.cuda.is_available():
         with pytest.raises(SystemExit, match="no GPU here"):

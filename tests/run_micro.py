@@ -33,7 +33,8 @@ rdtf.PRESETS["paperlike"] = SMALL                  # what `tiny` adds is off: ep
 for preset in ("micro", "micro64", "paperlike"):
     train.RECIPES[preset] = dict(steps=6, batch_size=2, optimizer="adamw", lr=1e-3, weight_decay=0.01,
                                  ema=0.9, warmup=2, schedule="cosine", noise_levels="normal", full=0.3,
-                                 accumulation=1, tasks=",".join(curriculum.TASKS), word_drop=0.2)
+                                 accumulation=1, tasks=",".join(curriculum.TASKS), word_drop=0.2,
+                                 save_every=200, eval_every=100)
 train.validation_rows = functools.partial(train.validation_rows, count=6)
 sheet = train.sample_sheet
 train.sample_sheet = lambda loaded, stickers, items, *a, **k: sheet(loaded, stickers, items[:1], *a, **k)
