@@ -605,7 +605,7 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     model.net.checkpointing = args.checkpointing
     if args.compile:                                                        # in place: names of weights stay
         model.compile()
-    places = [device.index] if device.type == "cuda" else None
+    places = [device.index] if device.type == "cuda" else None              # (a view: gradients kept once)
     net = DDP(model, places, gradient_as_bucket_view=True) if ctx.world > 1 else model
     loaded, fixed = Loaded(average, vae, cfg, {}), validation_rows(stickers, shown, tasks)
     global_batch, start, bad, window = args.batch_size * args.accumulation * ctx.world, now, 0, []
