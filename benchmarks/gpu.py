@@ -152,6 +152,8 @@ def paper(args, mode):
                f"{1e3 * took:.1f} ms, {rate / 1e12:.2f} TFLOP/s, {rate / peak:.1%} of the bf16 peak of a "
                f"matrix product ({peak / 1e12:.2f}){sheet}", "45 %")
         break
+    else:
+        yield f"paper, forward + backward, {mode}", "out of memory", "45 %"
     for bf16 in (True, False):
         took = seconds(partial(forward, bf16), args.device, args.repeats)
         kind = "bf16" if bf16 else "fp32 (on a GPU convolutions in TF32)"
