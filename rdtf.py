@@ -73,7 +73,7 @@ class Config:
     steps: int = 50
     text_scale: float = 7.5
     image_scale: float = 7.5
-    temperature: float = 1.0              # standard deviation of the noise that sampling starts from
+    temperature: float = 1.0              # factor of all noise that sampling draws
 
     def __post_init__(self):
         for name in ("widths", "text_dims", "vae_widths"):
@@ -395,7 +395,8 @@ class ConditionEncoder(nn.Module):
 
 def start_at_zero(root, names):
     """The last layers of residual branches, which start as the identity: weights whose name has the regular
-    expression `names`. All else starts as PyTorch does, but STI's 0 and 1, which are the release's."""
+    expression `names`. All else starts as PyTorch does, but STI's 0 and 1 (release), frame numbers (0) and
+    the places of a text (0.02)."""
     for name, p in root.named_parameters():
         if re.search(names, name):
             nn.init.zeros_(p)
@@ -1099,8 +1100,9 @@ def find_device(name):
     if name == "auto":
         mps = torch.backends.mps.is_available() and alone
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "mps" and not alone:
-        raise ValueError("--device mps: for one process; leave torchrun out, or add --device cpu")
+    if not alone and (name == "mps" or name.startswith("cuda:")):
+        raise ValueError(f"--device {name}: for one process; leave torchrun out, or give --device "
+                         f"{'cpu' if name == 'mps' else 'cuda, each a GPU of its own'}")
     if name == "cuda" and 0 < torch.cuda.device_count() <= rank:
         raise ValueError(f"--device cuda: this machine has {torch.cuda.device_count()} GPU(s) for more "
                          f"processes; lower --nproc_per_node")
@@ -1168,8 +1170,9 @@ def load_lora(path, loaded):
 
 
 def to_device(x, device):
-    """A dict of tensors."""
-    return {k: v.to(device, non_blocking=True) for k, v in x.items()}
+    """A dict of tensors. Only CUDA may copy later: elsewhere the source could be gone by then."""
+    later = torch.device(device).type == "cuda"
+    return {k: v.to(device, non_blocking=later) for k, v in x.items()}
 
 
 def decode_clips(vae, x, z, frames, cond_mask, frame_mask):
@@ -1212,7 +1215,8 @@ def sample_clips(loaded, captions, frames, cond_mask, frame_mask=None, *, steps=
     per sticker. negative takes the place of "no text" in guidance. temperature: the noise is multiplied by
     it; below 1 clips come nearer to the one-step mean: calmer, and less torn (ours). None: the checkpoint's
     own sampler, steps, scales and temperature, but with `residual` the text scale is one less for each given
-    frame, 1 (half the work) at least: they say more than the caption (ours); bf16 where the device has it.
+    frame (of the sticker with the fewest), 1 (half the work) at least: they say more than the caption (ours);
+    bf16 where the device has it.
     progress(i, y) is called after every step.
     """
     model, vae, cfg, _ = loaded

@@ -150,7 +150,7 @@ def load_given(args, size):
     for path in paths:
         clip, durations = read_sticker(path)
         if first_only:
-            clip, durations = clip[:1], durations[:1]
+            clip, durations = clip[:1], [round(sum(durations) / len(durations))]
         if clip.shape[1:3] != (size, size):
             print(f"{path}: {clip.shape[2]}x{clip.shape[1]} pixels, fitted to {size}x{size}", file=sys.stderr)
             clip = fit_straight(clip, size)
@@ -266,7 +266,8 @@ def check(a):
         (a.length and a.mode == "loop", "--length with --mode loop: remove it, or use --frames"),
         (a.length and a.frames, "--length and --frames: remove one"),
         (a.frames and a.mode == "interpolate", "--frames with --mode interpolate: use --length"),
-        (a.frames == 1 and a.mode == "predict", "--frames 1 with --mode predict: there is nothing to make"),
+        (a.frames == 1 and (a.mode == "predict" or a.image and a.mode != "loop"),
+         "--frames 1 with --mode predict or --image: there is nothing to make"),
         (a.duration and a.duration < 10, f"--duration {a.duration}: at least 10 ms"),
         (a.platform and (a.size or a.max_kb), "--size or --max-kb with --for: remove it, --for says both"),
         (a.platform and a.frames == 1, "--frames 1 with --for: a moving sticker has 2 frames or more"),

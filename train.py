@@ -7,8 +7,8 @@
 
 The same command goes on where it was stopped, also after kill -9. Every draw is a pure function of the seed,
 the global sample index and the saved losses. The global batch is --batch-size, which is per process, times
-processes times --accumulation: where it stays the same, as it does without that flag, the number of processes
-does not change the run.
+processes times --accumulation: where it stays the same, as it does without that flag for tiny and base where
+their 16 can be divided, the number of processes does not change the run.
 The autoencoder is trained before, by stickers/vae.py; the presets tiny and base come with one.
 """
 
@@ -98,7 +98,7 @@ def parser():
     a("--curriculum", default="adaptive", choices=["none", "linear", "adaptive"], help="Table 4: -, LCL, DCL")
     a("--tasks", help=f"comma-separated, of {', '.join(TASKS)}; one that is named twice weighs twice")
     a("--full", type=share, help="share of the clips that have all F frames, where they can")
-    a("--min-frames", type=some, default=1, help="leave out stickers with fewer different frames")
+    a("--min-frames", type=some, default=1, help="leave out stickers with fewer different frames, F at most")
     a("--drop", type=half, default=0.05,
       help="probability of dropping text and given frames together; where none is given, once more of text")
     a("--text-drop", type=half, default=0.05,
@@ -606,7 +606,8 @@ def train(cfg, vae, stickers, order, shown, curriculum, args, ctx, out):
     if args.compile:                                                        # in place: names of weights stay
         model.compile()
     places = [device.index] if device.type == "cuda" else None              # (a view: gradients kept once)
-    net = DDP(model, places, gradient_as_bucket_view=True) if ctx.world > 1 else model
+    net = model if ctx.world == 1 else DDP(model, places, gradient_as_bucket_view=True,
+                                           broadcast_buffers=False)         # a constant
     loaded, fixed = Loaded(average, vae, cfg, {}), validation_rows(stickers, shown, tasks)
     global_batch, start, bad, window = args.batch_size * args.accumulation * ctx.world, now, 0, []
 

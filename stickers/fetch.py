@@ -21,9 +21,8 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from data import DataError, is_held_out, one_line
+from data import SPLITS, DataError, is_held_out, one_line
 
-SPLITS = ("train", "held_out")
 MIN_CONCEPTS = 5                       # a word is learnt from several stickers, or it is noise
 # Tags, groups and names of emoji (MIT)
 EMOJIBASE = ("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")

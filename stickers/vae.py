@@ -8,7 +8,6 @@ stopped, also after kill -9. Every draw is a pure function of the seed and the s
 """
 import argparse
 import copy
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DataError, number, one_line  # noqa: E402
+from data import DataError, number, one_line, processes  # noqa: E402
 from rdtf import FORMAT, PRESETS, AutoencoderKL, Config  # noqa: E402
 from train import (  # noqa: E402
     STOP, Context, learning_rate, load_checkpoint, make_optimizers, open_data, restore, save_checkpoint,
@@ -155,7 +154,7 @@ def parser():
 
 def run(args):
     own = {k: getattr(args, k) for k in ("size", "latent_channels", "vae_patch") if getattr(args, k)}
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if processes()[1] > 1:
         raise DataError("torchrun: the autoencoder trains in one process; start it with python")
     cfg, ctx, out = Config(**PRESETS[args.preset] | own), Context(args), Path(args.out)
     if cfg.vae_channels == 3:
