@@ -482,7 +482,6 @@ WRONG = {   # flags -> what the line must name
     "--mode predict --input soft.webp --length 6": "--length 6",
     "--mode predict --input soft.webp --frames 9": "--frames 9",
     "--mode predict --input soft.webp --frames 1": "--frames 1",
-    "--image soft.webp --frames 1": "--frames 1",
     "--mode loop --input soft.webp --frames 8": "--frames 8",
     "--mode loop --input soft.webp --length 30": "--length with --mode loop",
     "--mode generate": "nothing to go by",
