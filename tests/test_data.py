@@ -779,6 +779,8 @@ def test_stores_that_are_not_whole_are_refused(tmp_path):
             (tmp_path / "bad" / name).write_bytes(content)
         with pytest.raises(data.DataError, match="no whole store.*delete it"):
             data.open_stickers(tmp_path / "bad", 32)
+    with pytest.raises(data.DataError, match="good: no prepared store; write one"):     # never "delete it"
+        data.open_store(tmp_path / "good")
     for spec, words in ((tmp_path / "nowhere", "no such"), ("synthetic:0", "no such folder")):
         with pytest.raises(data.DataError, match=words):
             data.open_stickers(spec, 64)

@@ -173,6 +173,13 @@ def test_two_processes_in_bf16_compiled_checkpointed_accumulating_train_alike(st
     assert all(x.dtype == torch.float32 for x in [*b["model"].values(), *b["ema"].values()])
 
 
+@pytest.mark.parametrize("name", ["mps", "cuda:0"])
+def test_processes_do_not_share_a_device_by_name(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"--device {name}: for one process"):
+        rdtf.find_device(name)
+
+
 def test_two_nodes_equal_one_process_with_the_joint_batch(store, vae, joint, tmp_path):
     """README's command for several nodes: here two torchrun agents on one machine, one process each."""
     readme = (Path(train.__file__).parent / "README.md").read_text()
