@@ -985,7 +985,7 @@ def is_store(folder):
 def open_store(folder):
     """A store -> Stickers, memory-mapped: neither memory nor time grow with the frames in it."""
     folder = Path(folder)
-    if not (folder / "meta.json").exists():                  # it may be the user's own stickers
+    if not is_store(folder):                                 # it may be the user's own stickers
         raise DataError(f"{folder}: no prepared store; write one with data.py prepare FOLDER --out STORE")
     with contextlib.suppress(ImportError, OSError, ValueError):         # a mapped shard keeps its file open
         import resource
